@@ -1,0 +1,62 @@
+# Every chore in one word. Each target sets up what it needs, on a machine with Python 3.11+.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PINS   := constraints/$(GPU).txt
+TORCH  := $(shell sed -n 's/^torch==//p' constraints/$(GPU).txt)
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+ARGS   ?=
+
+.PHONY: setup setup-test setup-check demo test test-fast check fmt serve bench clean
+
+setup: $(VENV)/.installed                     ## the service and what the demo needs
+setup-test: $(VENV)/.installed-test           ## and what the tests need
+setup-check: $(VENV)/.installed-check         ## and the linters
+
+# torch first: without a GPU the CPU build is taken where the configured package index has it.
+$(VENV)/.installed: pyproject.toml $(PINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	if [ $(GPU) = cpu ]; then $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)"; \
+	else $(PIP) "torch==$(TORCH)"; fi
+	$(PIP) -c $(PINS) -e ".[demo,postgres]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed tests/install-system.sh
+	$(PIP) -c $(PINS) -e ".[demo,postgres,test]"
+	sh tests/install-system.sh
+	touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed-test
+	$(PIP) -c $(PINS) -e ".[demo,postgres,test,check]"
+	touch $@
+
+demo: setup                                   ## the main job, end to end
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: setup-test                              ## every test; ARGS="-k name" narrows it
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup-test                         ## the tier that runs in seconds
+	$(BIN)/python -m pytest -m "not slow and not s3 and not ray and not postgres" $(ARGS)
+
+check: setup-check                            ## format, lint, types, import contracts, audit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	sh .ci/audit $(BIN)
+
+fmt: setup-check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: setup                                  ## the service on its embedded default
+	$(BIN)/mergeyard serve $(ARGS)
+
+bench: setup                                  ## measured figures, never asserted
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,208 @@
+"""What a merge method is, and the registry of them.
+
+A method is one file in ``merging/methods`` that declares what it needs and gives one pure function
+from tensors to a tensor. It never does I/O, never logs, never chooses a device, never changes its
+inputs and never touches global random state. Method modules are imported by the planner, the API
+and the command line, which run without torch: numerics are imported inside the function that
+computes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from merging.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+Separability = Literal["elementwise", "rows", "whole"]
+"""How a method's tensor may be cut: anywhere with the same bits (``elementwise``); by output rows
+once the in×in matrices over all rows are known (``rows``); not at all (``whole``)."""
+
+
+class Parameters(BaseModel):
+    """Base of every method's parameter model: frozen, unknown names refused, finite numbers.
+
+    Each field carries a description (meaning, unit, effect of extremes) and its range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NoParameters(Parameters):
+    """A method, or the experts of a method, without parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one problem costs, for planning.
+
+    Attributes:
+        flops: Floating-point operations; a multiply-add counts as 2.
+        workspace_bytes: Peak device memory beyond the stored-dtype inputs that are resident.
+    """
+
+    flops: float
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of a problem as cost functions see it."""
+
+    shape: tuple[int, ...]
+    num_experts: int
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(slots=True)
+class Task:
+    """One call of a method's function: a tensor, or a tile of an elementwise method's tensor.
+
+    Attributes:
+        tensor_name: Fully qualified name; random methods mix it into their seed.
+        parameters: The method's parameters as resolved for this tensor.
+        expert_parameters: One per expert, in recipe order.
+        seed: The recipe's seed.
+        offset: Flat index, in the whole tensor, of this tile's first entry; 0 for a whole tensor.
+        row_block: Rows of the output solved at a time, fixed by the plan; 0 means all at once.
+        transposed: The tensor is stored in×out (GPT-2's Conv1D); methods with a right side
+            transpose it first.
+        figures: The function puts what the report should say here (JSON-able numbers and strings).
+    """
+
+    tensor_name: str
+    parameters: Any
+    expert_parameters: Sequence[Any]
+    seed: int = 0
+    offset: int = 0
+    row_block: int = 0
+    transposed: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task], "torch.Tensor"]
+"""``merge(base, experts, task)``.
+
+``base`` and each expert have the same shape, are in their stored dtype, and are on the device to
+work on; ``experts`` yields them one at a time, in recipe order, as their bytes arrive. A method
+that can work on one expert at a time must not hold on to earlier ones: that is what bounds memory.
+Returns a new float32 tensor (float64 if an input is float64) of the same shape, on the same device.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod:
+    """The declaration of a merge method. Schema, docs, ``/v1/methods`` and help come from it.
+
+    Attributes:
+        name: As in recipes; equals the module's name.
+        title: Name in the literature.
+        summary: One or two sentences for someone choosing a method.
+        source: Paper, venue, year, arXiv number, equation.
+        merge: The function.
+        cost: Flops and workspace of one problem.
+        parameters: Model of the recipe-level parameters.
+        expert_parameters: Model of the parameters that may differ from expert to expert.
+        needs_base: Whether a base model is required.
+        min_experts: Fewest experts accepted.
+        max_experts: Most experts accepted; None for no limit.
+        separable: How its tensors may be cut.
+        streaming: Whether experts are consumed one at a time (see :data:`MergeFunction`).
+        default_touch: Which tensors it merges unless the recipe says otherwise: ``all`` float
+            tensors, or ``linear`` (2-D weights of linear layers; no embeddings, head, norms).
+        default_rest: What other float tensors become: ``base`` values or the experts' ``mean``.
+        symmetric: Permuting experts (with their parameters) changes nothing.
+        recommended: Marked as the one to start with.
+    """
+
+    name: str
+    title: str
+    summary: str
+    source: str
+    merge: MergeFunction
+    cost: Callable[[Geometry, Any], Cost]
+    parameters: type[Parameters] = NoParameters
+    expert_parameters: type[Parameters] = NoParameters
+    needs_base: bool = True
+    min_experts: int = 1
+    max_experts: int | None = None
+    separable: Separability = "elementwise"
+    streaming: bool = False
+    default_touch: str = "all"
+    default_rest: Literal["base", "mean"] = "base"
+    symmetric: bool = True
+    recommended: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """The method as a JSON object, with JSON Schema of its parameters."""
+        return {
+            "object": "method",
+            "name": self.name,
+            "title": self.title,
+            "summary": self.summary,
+            "source": self.source,
+            "needs_base": self.needs_base,
+            "min_experts": self.min_experts,
+            "max_experts": self.max_experts,
+            "separable": self.separable,
+            "default_touch": self.default_touch,
+            "default_rest": self.default_rest,
+            "recommended": self.recommended,
+            "parameters": self.parameters.model_json_schema(),
+            "expert_parameters": self.expert_parameters.model_json_schema(),
+        }
+
+
+_REGISTRY: dict[str, MergeMethod] = {}
+
+
+def register(method: MergeMethod) -> MergeMethod:
+    """Add a method to the registry; called at the end of each method module."""
+    if method.name in _REGISTRY:
+        raise ValueError(f"merge method {method.name!r} is registered twice")
+    _REGISTRY[method.name] = method
+    return method
+
+
+def all_methods() -> dict[str, MergeMethod]:
+    """Every method by name, in sorted order; the first call imports ``merging.methods``."""
+    if not _REGISTRY:
+        import merging.methods as package
+
+        for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+            importlib.import_module(f"merging.methods.{module}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_method(name: str) -> MergeMethod:
+    """The method of that name.
+
+    Raises:
+        RecipeError: ``unknown_method``, naming the nearest known ones.
+    """
+    from difflib import get_close_matches
+
+    methods = all_methods()
+    if name in methods:
+        return methods[name]
+    near = get_close_matches(name, methods, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise RecipeError(
+        f"Unknown merge method {name!r}.{hint} Known methods: {', '.join(methods)}.",
+        code="unknown_method",
+    )

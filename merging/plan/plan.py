@@ -1,0 +1,254 @@
+"""The plan: a whole merge as data, made from headers alone, serialisable and deterministic.
+
+Everything that the bytes of the output depend on is fixed here: sources and their versions,
+resolved parameters, row blocks, accumulation order, thread count. A worker receives one
+:class:`ShardWork` and needs nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import msgspec
+
+PLAN_FORMAT = 1
+"""Version of the serialised form; a worker refuses a plan of another one."""
+
+COPY = "copy"
+"""Pseudo-method of a tensor that is taken over from one source (its base), cast if need be."""
+
+
+class SourceFile(msgspec.Struct, frozen=True, array_like=True):
+    """A weight file to read from, pinned to the version that was seen at planning."""
+
+    uri: str
+    size: int
+    version: str
+
+
+class Source(msgspec.Struct, frozen=True, array_like=True):
+    """One input tensor: ``file`` indexes the plan's files, offsets are absolute in that file."""
+
+    file: int
+    start: int
+    end: int
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read."""
+        return self.end - self.start
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """A method with resolved parameters, shared by all problems that use the same ones."""
+
+    method: str
+    parameters: dict[str, Any] = {}
+    expert_parameters: tuple[dict[str, Any], ...] = ()
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One tensor to be produced.
+
+    Attributes:
+        tensor_name: Its name in the output.
+        shape: Its shape.
+        dtype: safetensors dtype of the output tensor.
+        setting: Index into the plan's settings.
+        base: The base tensor; None if the method uses none.
+        experts: Expert tensors in recipe order.
+        row_block: Rows solved at a time (multiple of 64); 0 means all.
+        transposed: Stored in×out (GPT-2's Conv1D).
+        flops: Estimated operations.
+        host_bytes: Host memory held at once while it is worked on, input buffers included.
+        device_bytes: Device memory likewise.
+        role: Role of the tensor (``attention.q``, ``mlp.up``, ``norm``, ``embedding`` …).
+        layer: Its layer number, or -1 outside the layers.
+    """
+
+    tensor_name: str
+    shape: tuple[int, ...]
+    dtype: str
+    setting: int
+    base: Source | None
+    experts: tuple[Source, ...]
+    row_block: int = 0
+    transposed: bool = False
+    flops: float = 0.0
+    host_bytes: int = 0
+    device_bytes: int = 0
+    role: str = "other"
+    layer: int = -1
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all its sources."""
+        base = self.base.num_bytes if self.base else 0
+        return base + sum(expert.num_bytes for expert in self.experts)
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """One output file: its problems in the order of the file, and the file's exact size."""
+
+    index: int
+    file_name: str
+    size: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read for it."""
+        return sum(problem.bytes_read for problem in self.problems)
+
+    @property
+    def flops(self) -> float:
+        """Estimated operations."""
+        return sum(problem.flops for problem in self.problems)
+
+
+class Input(msgspec.Struct, frozen=True):
+    """An input checkpoint, for lineage and the report.
+
+    ``digest`` is a hash over its files' names, sizes and versions (not over the weights).
+    """
+
+    uri: str
+    role: Literal["base", "expert"]
+    digest: str
+
+
+class Companion(msgspec.Struct, frozen=True):
+    """A small file to be copied beside the weights (tokenizer, generation config …)."""
+
+    source_uri: str
+    file_name: str
+    version: str
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Sums over the plan."""
+
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    flops: float
+    max_host_bytes: int
+    max_device_bytes: int
+
+
+class ShardWork(msgspec.Struct, frozen=True):
+    """All that a worker needs to produce one shard; small, versioned, without tensors.
+
+    ``files`` and ``settings`` are the plan's tables cut down to what the shard refers to.
+    """
+
+    format: int
+    plan_digest: str
+    output_uri: str
+    shard: Shard
+    files: tuple[SourceFile, ...]
+    settings: tuple[Setting, ...]
+    seed: int
+    threads: int
+    memory_budget: int
+    check_finite: bool
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A whole merge.
+
+    Attributes:
+        format: :data:`PLAN_FORMAT`.
+        recipe: The normalised recipe.
+        recipe_digest: ``sha256:…`` of it.
+        method: Name of the recipe's method.
+        output_uri: Where the merged checkpoint goes.
+        overwrite: A checkpoint already there may be replaced.
+        seed: For random methods.
+        threads: Torch threads of every shard: part of what the bytes depend on.
+        memory_budget: Host bytes a worker may use for tensors.
+        check_finite: NaN or infinity in an input fails the job.
+        inputs: Base and experts.
+        files: Weight files that are read.
+        settings: Methods with parameters.
+        shards: In the order of the output files.
+        config: The output's ``config.json``.
+        companions: Files to be copied.
+        warnings: What the user should know before running it.
+        totals: Sums.
+    """
+
+    format: int
+    recipe: dict[str, Any]
+    recipe_digest: str
+    method: str
+    output_uri: str
+    overwrite: bool
+    seed: int
+    threads: int
+    memory_budget: int
+    check_finite: bool
+    inputs: tuple[Input, ...]
+    files: tuple[SourceFile, ...]
+    settings: tuple[Setting, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    companions: tuple[Companion, ...]
+    warnings: tuple[str, ...]
+    totals: Totals
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: the same plan gives the same bytes."""
+        return msgspec.json.encode(self, order="deterministic")
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Plan:
+        """Inverse of :meth:`to_json`; raises ``msgspec.ValidationError`` on anything else."""
+        return msgspec.json.decode(data, type=cls)
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of the canonical JSON."""
+        return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
+
+    def work(self, shard_index: int, plan_digest: str) -> ShardWork:
+        """The message for one shard. ``plan_digest`` is :attr:`digest`, computed once."""
+        shard = self.shards[shard_index]
+        file_map: dict[int, int] = {}
+        setting_map: dict[int, int] = {}
+
+        def move(source: Source) -> Source:
+            new = file_map.setdefault(source.file, len(file_map))
+            return Source(new, source.start, source.end, source.dtype)
+
+        problems = tuple(
+            msgspec.structs.replace(
+                problem,
+                base=move(problem.base) if problem.base else None,
+                experts=tuple(move(expert) for expert in problem.experts),
+                setting=setting_map.setdefault(problem.setting, len(setting_map)),
+            )
+            for problem in shard.problems
+        )
+        return ShardWork(
+            format=self.format,
+            plan_digest=plan_digest,
+            output_uri=self.output_uri,
+            shard=msgspec.structs.replace(shard, problems=problems),
+            files=tuple(self.files[old] for old in file_map),
+            settings=tuple(self.settings[old] for old in setting_map),
+            seed=self.seed,
+            threads=self.threads,
+            memory_budget=self.memory_budget,
+            check_finite=self.check_finite,
+        )

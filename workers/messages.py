@@ -1,0 +1,76 @@
+"""The only types that cross a process boundary: frozen, small, versioned; never tensors."""
+
+from __future__ import annotations
+
+import msgspec
+
+from merging.plan.plan import ShardWork
+from merging.receipts import Receipt
+
+
+class ShardTask(msgspec.Struct, frozen=True):
+    """One shard of one job to be done by any worker.
+
+    Attributes:
+        job_id: Whose it is.
+        attempt: Which try at this shard, from 1.
+        work: What to do.
+        storage_roots: Prefixes that may be read and written; empty allows everything (CLI).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    job_id: str
+    attempt: int
+    work: ShardWork
+    storage_roots: tuple[str, ...] = ()
+    device: str = "auto"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Job and shard index: at most one such task is in flight in a pool."""
+        return (self.job_id, self.work.shard.index)
+
+
+class ShardProgress(msgspec.Struct, frozen=True):
+    """How far a shard is. Problems go through the stages in file order, so counts say which."""
+
+    job_id: str
+    shard_index: int
+    attempt: int
+    tensors_fetched: int
+    tensors_solved: int
+    tensors_written: int
+    bytes_read: int
+    bytes_written: int
+    worker: str = ""
+
+
+class ShardStarted(msgspec.Struct, frozen=True):
+    """A worker has taken up a shard."""
+
+    job_id: str
+    shard_index: int
+    attempt: int
+    worker: str
+    device: str
+
+
+class ShardDone(msgspec.Struct, frozen=True):
+    """A shard is published."""
+
+    job_id: str
+    shard_index: int
+    attempt: int
+    receipt: Receipt
+
+
+class ShardFailed(msgspec.Struct, frozen=True):
+    """A shard failed; ``error`` is :meth:`merging.errors.MergeError.to_dict`."""
+
+    job_id: str
+    shard_index: int
+    attempt: int
+    error: dict[str, object]
+
+
+PoolEvent = ShardStarted | ShardProgress | ShardDone | ShardFailed
