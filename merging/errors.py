@@ -117,8 +117,9 @@ class PlanError(MergeError):
 class StorageError(MergeError):
     """Reading or writing failed.
 
-    Codes: ``not_found``, ``denied``, ``uri_not_allowed``, ``source_changed``, ``bad_uri``, ``too_large``,
-    ``already_exists``, ``no_space``, ``throttled`` and ``unavailable`` (the last two retryable).
+    Codes: ``not_found``, ``denied``, ``uri_not_allowed``, ``source_changed``, ``bad_uri``,
+    ``too_large``, ``out_of_range``, ``size_mismatch``, ``already_exists``, ``no_space``,
+    ``throttled`` and ``unavailable`` (the last two retryable).
     """
 
     default_code = "unavailable"
@@ -133,7 +134,7 @@ class NumericalError(MergeError):
     default_code = "non_finite_input"
 
 
-class Cancelled(MergeError):
+class Cancelled(MergeError):  # noqa: N818 - the user's wish, not a fault
     """The user asked to stop."""
 
     default_code = "cancelled"
@@ -142,7 +143,8 @@ class Cancelled(MergeError):
 class WorkerError(MergeError):
     """A worker process failed; raised by ``workers``, listed here so that it can be rebuilt.
 
-    Codes: ``worker_lost`` (retryable), ``out_of_memory``, ``wrong_version``.
+    Codes: ``worker_lost`` (retryable), ``out_of_memory`` (retryable when the whole machine ran
+    out), ``wrong_version``, ``device_unavailable``.
     """
 
     default_code = "worker_lost"

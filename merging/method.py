@@ -9,13 +9,16 @@ computes.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from merging.errors import RecipeError
 
@@ -40,6 +43,64 @@ class NoParameters(Parameters):
     """A method, or the experts of a method, without parameters."""
 
 
+class TouchParameters(Parameters):
+    """What every method's recipe-level parameters start with: which tensors it merges."""
+
+    touch: str | tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "Tensors that the method merges: 'all' float tensors, 'linear' (the 2-D weights of"
+            " linear layers; no embeddings, head or norms), or regular expressions searched for in"
+            " tensor names. The method's own default if left out."
+        ),
+    )
+    rest: Literal["base", "mean"] | None = Field(
+        default=None,
+        description=(
+            "What the other float tensors become: the 'base' values or the experts' 'mean'."
+            " The method's own default if left out."
+        ),
+    )
+
+    @field_validator("touch")
+    @classmethod
+    def _check_patterns(cls, touch: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for pattern in (touch,) if isinstance(touch, str) else touch or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return touch
+
+
+class TaskVectorParameters(TouchParameters):
+    """Recipe-level parameters of methods that add a combination of task vectors to the base."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    scale: float = Field(
+        default=1.0,
+        alias="lambda",
+        description=(
+            "λ, the factor on the combined task vectors before they are added to the base;"
+            " 0 gives the base."
+        ),
+    )
+    int8_mask: bool = Field(
+        default=False,
+        description="Accepted for mergekit recipes; changes nothing, since no mask is ever stored.",
+    )
+
+
+class WeightParameters(Parameters):
+    """Parameters of an expert that enters a sum."""
+
+    weight: float = Field(
+        default=1.0,
+        description="Factor on this expert in the sum; 0 leaves it out, a negative one subtracts.",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one problem costs, for planning.
@@ -55,18 +116,33 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The shape of a problem as cost functions see it."""
+    """The shape of a problem as cost functions see it.
+
+    Attributes:
+        shape: As stored.
+        num_experts: How many tensors are merged.
+        row_block: As in :class:`Task`.
+        transposed: As in :class:`Task`.
+    """
 
     shape: tuple[int, ...]
     num_experts: int
+    row_block: int = 0
+    transposed: bool = False
 
     @property
     def num_entries(self) -> int:
         """Entries of the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Output rows and input columns: trailing dimensions unrolled, a vector as one row."""
+        if len(self.shape) < 2:
+            rows, columns = 1, self.num_entries
+        else:
+            rows, columns = self.shape[0], math.prod(self.shape[1:])
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclass(slots=True)
@@ -179,13 +255,16 @@ def register(method: MergeMethod) -> MergeMethod:
     return method
 
 
+@functools.cache
+def _import_methods() -> None:
+    package = importlib.import_module("merging.methods")
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        importlib.import_module(f"{package.__name__}.{module}")
+
+
 def all_methods() -> dict[str, MergeMethod]:
     """Every method by name, in sorted order; the first call imports ``merging.methods``."""
-    if not _REGISTRY:
-        import merging.methods as package
-
-        for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-            importlib.import_module(f"merging.methods.{module}")
+    _import_methods()
     return dict(sorted(_REGISTRY.items()))
 
 

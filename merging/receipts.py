@@ -11,10 +11,8 @@ from typing import Any
 import msgspec
 
 from merging.errors import StorageError
+from merging.plan.plan import WORKSPACE
 from merging.storage.base import Storage
-
-WORKSPACE = ".mergeyard"
-"""Folder under the output that holds a merge in progress; removed when it is published."""
 
 _LIMIT = 64 << 20
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from merging.storage.base import Storage
+from merging.checkpoint.companions import is_companion
+from merging.checkpoint.documents import parse_config, shorten, shorten_all
+from merging.checkpoint.header import Header, read_header
+from merging.checkpoint.weight_files import INDEX_NAME, WeightMap, find_weight_files
+from merging.errors import CheckpointError, StorageError
+from merging.storage.base import ObjectStat, Storage
+
+CONFIG_NAME = "config.json"
+
+_MAX_CONFIG_BYTES = 4 << 20  # the longest, with tables of 20,000 class labels, have 2 MB
+_HEADER_THREADS = 16  # object storage takes tens of milliseconds to answer each request
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +79,93 @@ def read_checkpoint_index(storage: Storage, uri: str) -> CheckpointIndex:
         CheckpointError: The folder holds no safetensors checkpoint, or a damaged one.
         StorageError: It cannot be read.
     """
-    raise NotImplementedError
+    uri = storage.normalise(uri)
+    listing = _list_folder(storage, uri)
+    names, weight_map = find_weight_files(storage, uri, listing)
+    files = tuple(WeightFile(f.uri, f.size, f.version) for f in (listing[n] for n in names))
+    with ThreadPoolExecutor(min(_HEADER_THREADS, len(files))) as pool:
+        headers = list(pool.map(partial(read_header, storage), files))
+    tensors = _join_headers(files, headers)
+    if weight_map is not None:
+        _check_weight_map(uri, names, headers, weight_map)
+    return CheckpointIndex(
+        uri=uri,
+        config=_read_config(storage, listing.get(CONFIG_NAME)),
+        files=files,
+        tensors=tensors,
+        companions={name: stat.version for name, stat in listing.items() if is_companion(name)},
+        metadata=headers[0].metadata,
+    )
+
+
+def _list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
+    """What the folder holds, by name relative to it."""
+    start = len(uri.rstrip("/")) + 1
+    listing = {stat.uri[start:]: stat for stat in storage.list(uri)}
+    if not listing:
+        raise StorageError(
+            f"There is nothing at {uri}. A checkpoint is a folder, or an s3:// prefix, that holds"
+            f" config.json and model.safetensors or {INDEX_NAME} with its files. Models of the"
+            " Hugging Face hub must be downloaded first.",
+            code="not_found",
+            context={"uri": uri},
+        )
+    return listing
+
+
+def _join_headers(files: tuple[WeightFile, ...], headers: list[Header]) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for number, header in enumerate(headers):
+        for found in header.entries:
+            entry = TensorEntry(
+                found.name, found.dtype, found.shape, number, found.start, found.end
+            )
+            other = tensors.setdefault(found.name, entry)
+            if other is not entry:
+                raise CheckpointError(
+                    f"Tensor {shorten(found.name)} is in two files, {files[other.file].uri} and"
+                    f" {files[number].uri}, and nothing says which counts. Remove the file that"
+                    " does not belong to the model.",
+                    code="index_inconsistent",
+                    context={"uri": files[number].uri, "tensor_name": found.name},
+                )
+    return tensors
+
+
+def _check_weight_map(
+    uri: str, names: list[str], headers: list[Header], weight_map: WeightMap
+) -> None:
+    """The index and the headers must say the same about which tensor is in which file."""
+    there = {
+        (entry.name, name)
+        for name, header in zip(names, headers, strict=True)
+        for entry in header.entries
+    }
+    faults = []
+    for wrong, text in (
+        (weight_map.items() - there, "in the index but not in the file it names"),
+        (there - weight_map.items(), "in a file but not so in the index"),
+    ):
+        if wrong:
+            shown = shorten_all(sorted(tensor for tensor, _ in wrong))
+            faults.append(f"{len(wrong)} tensors are {text}: {shown}")
+    if faults:
+        raise CheckpointError(
+            f"{uri}/{INDEX_NAME} does not describe its weight files. {'. '.join(faults)}."
+            " The files are of different versions, or one is damaged: copy the checkpoint again.",
+            code="index_inconsistent",
+            context={"uri": f"{uri}/{INDEX_NAME}"},
+        )
+
+
+def _read_config(storage: Storage, stat: ObjectStat | None) -> dict[str, Any]:
+    if stat is None:
+        return {}
+    if stat.size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{stat.uri} has {stat.size} bytes; at most {_MAX_CONFIG_BYTES} are read.",
+            code="config_invalid",
+            context={"uri": stat.uri},
+        )
+    data = storage.read_bytes(stat.uri, limit=_MAX_CONFIG_BYTES, version=stat.version)
+    return parse_config(data, stat.uri)

@@ -15,6 +15,9 @@ import msgspec
 PLAN_FORMAT = 1
 """Version of the serialised form; a worker refuses a plan of another one."""
 
+WORKSPACE = ".mergeyard"
+"""Folder under the output that holds a merge in progress; removed when it is published."""
+
 COPY = "copy"
 """Pseudo-method of a tensor that is taken over from one source (its base), cast if need be."""
 

@@ -30,12 +30,16 @@ class ObjectStat:
 class Writer(Protocol):
     """A streamed write that becomes visible whole at :meth:`commit`, or not at all.
 
+    ``buffer_bytes`` is the most host memory that the writer itself holds.
+
     As a context manager it aborts unless it was committed. ``write`` may be called from one
     thread at a time; it may hand the bytes to upload threads, so the caller must not change
     ``data`` until ``commit`` returns or the buffer is released (implementations that keep a
     reference beyond the call copy small pieces and document it: callers may reuse a buffer as soon
     as ``write`` returns).
     """
+
+    buffer_bytes: int
 
     def write(self, data: memoryview | bytes) -> None:
         """Append bytes."""

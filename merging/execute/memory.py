@@ -1,0 +1,115 @@
+"""The memory of one worker: a budget in bytes, and host buffers that are used again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_GRAIN = 1 << 16
+
+
+class MemoryBudget:
+    """Counts bytes held against a limit.
+
+    Prefetching waits for room beside what was set aside for solving and writing. What the solver
+    needs next is admitted whatever is held, since the plan has checked that it fits and waiting
+    for it would never end.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._set_aside = 0
+        self.used = 0
+        self.peak = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def set_aside(self, num_bytes: int) -> None:
+        """Leave so many bytes of the limit to others than prefetching."""
+        self._set_aside += num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes as held, whatever the limit."""
+        with self._changed:
+            self._add(num_bytes)
+
+    def wait_and_take(self, num_bytes: int, *, urgent: threading.Event) -> bool:
+        """Wait for room (or until ``urgent`` is set); False if the budget was closed instead."""
+        with self._changed:
+            while not (
+                self._closed
+                or urgent.is_set()
+                or self.used + num_bytes <= self.limit - self._set_aside
+            ):
+                self._changed.wait()
+            if self._closed:
+                return False
+            self._add(num_bytes)
+            return True
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition on what is held comes true; looked at after every release."""
+        with self._changed:
+            while not condition():
+                self._changed.wait()
+
+    def release(self, num_bytes: int) -> None:
+        """Give bytes back."""
+        with self._changed:
+            self.used -= num_bytes
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Let waiters look again (after an ``urgent`` event was set)."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Turn away everyone who waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _add(self, num_bytes: int) -> None:
+        self.used += num_bytes
+        self.peak = max(self.peak, self.used)
+
+
+class BufferPool:
+    """Host byte buffers for fetched ranges, reused because fresh pages are dear.
+
+    Idle buffers are kept up to ``keep_bytes``. With ``pinned`` they are page-locked, so that
+    copies to a GPU run at full speed beside its computing.
+    """
+
+    def __init__(self, keep_bytes: int, *, pinned: bool) -> None:
+        self._keep_bytes = keep_bytes
+        self._pinned = pinned
+        self._idle: list[torch.Tensor] = []
+        self._idle_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, num_bytes: int) -> torch.Tensor:
+        """A uint8 tensor of at least ``num_bytes`` (uninitialised)."""
+        import torch
+
+        with self._lock:
+            fitting = [b for b in self._idle if num_bytes <= b.numel() <= 2 * num_bytes + _GRAIN]
+            if fitting:
+                best = min(fitting, key=lambda buffer: buffer.numel())
+                self._idle = [buffer for buffer in self._idle if buffer is not best]
+                self._idle_bytes -= best.numel()
+                return best
+        rounded = max(_GRAIN, (num_bytes + _GRAIN - 1) // _GRAIN * _GRAIN)
+        return torch.empty(rounded, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def put(self, buffer: torch.Tensor) -> None:
+        """Hand a buffer back; nobody may use views of it any more."""
+        with self._lock:
+            if self._idle_bytes + buffer.numel() <= self._keep_bytes:
+                self._idle.append(buffer)
+                self._idle_bytes += buffer.numel()

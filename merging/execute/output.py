@@ -1,0 +1,91 @@
+"""Writing one shard file: hashed and stored by a thread of its own while solving goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from merging.errors import MergeError
+from merging.execute.memory import MemoryBudget
+from merging.storage.base import ObjectStat, Writer
+
+if TYPE_CHECKING:
+    import torch
+
+_QUEUE_LENGTH = 2
+
+
+class ShardFile:
+    """A streamed safetensors file whose bytes are hashed and written in the background.
+
+    As a context manager it aborts the write unless :meth:`finish` has returned.
+    """
+
+    def __init__(self, writer: Writer, budget: MemoryBudget) -> None:
+        self._writer = writer
+        self._budget = budget
+        self._hash = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | bytes | None] = queue.Queue(_QUEUE_LENGTH)
+        self._error: BaseException | None = None
+        self.bytes_written = 0
+        self.bytes_waiting = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            self._error = self._error or MergeError("The write was given up.", code="cancelled")
+            self._queue.put(None)
+            self._thread.join()
+        self._writer.abort()
+
+    def write(self, data: bytes | torch.Tensor) -> None:
+        """Append bytes, or the raw bytes of a contiguous host tensor that nobody changes again.
+
+        What waits to be written counts against the budget.
+
+        Raises:
+            StorageError: An earlier write failed.
+        """
+        if self._error is not None:
+            raise self._error
+        raw = data if isinstance(data, bytes) else _raw_bytes(data)
+        self._budget.take(len(raw))
+        with self._lock:
+            self.bytes_waiting += len(raw)
+        self._queue.put(raw)
+
+    def finish(self) -> tuple[ObjectStat, str]:
+        """Wait for all writes and publish the file; returns its stat and hex SHA-256."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._writer.commit(), self._hash.hexdigest()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._hash.update(data)
+                    self._writer.write(data)
+                    self.bytes_written += len(data)
+            except BaseException as error:  # noqa: BLE001 - handed to the solving thread
+                self._error = error
+            with self._lock:
+                self.bytes_waiting -= len(data)
+            self._budget.release(len(data))
+
+
+def _raw_bytes(tensor: torch.Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,117 @@
+"""Cutting a shard's problems into pieces, and pieces into groups that are fetched together.
+
+A *piece* is one call of a method: a whole tensor, or a tile (a flat range of entries) of an
+elementwise method's tensor. A *group* is a run of pieces whose bytes are fetched together, so that
+small neighbouring tensors cost one read per source and not one each. Cutting depends on the plan
+alone; the bytes of the result do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from merging.dtypes import ITEM_SIZE
+from merging.method import get_method
+from merging.plan.cost import group_limit, tile_entries
+from merging.plan.plan import COPY, Problem, ShardWork, Source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Entries ``[start, end)`` of one problem; the whole tensor unless its method is elementwise.
+
+    Attributes:
+        problem: What to produce.
+        number: Position of the problem in the shard.
+        start: First entry.
+        end: Entry after the last.
+        streaming: The method takes experts one at a time and forgets them.
+        sources: Byte ranges of these entries: base first (if there is one), then experts in order.
+    """
+
+    problem: Problem
+    number: int
+    start: int
+    end: int
+    streaming: bool
+    sources: tuple[Source, ...]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the problem is complete with this piece."""
+        return self.end == self.problem.num_entries
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all sources."""
+        return sum(source.num_bytes for source in self.sources)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the result."""
+        return (self.end - self.start) * ITEM_SIZE[self.problem.dtype]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What solving takes beside inputs and result, where the solving is done."""
+        resident = self.bytes_read
+        if self.streaming:
+            experts = [source.num_bytes for source in self.problem.experts]
+            resident += sum(sorted(experts)[-2:]) - sum(experts)
+        return max(0, self.problem.device_bytes - resident)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive pieces fetched together; a streaming piece too large to share stands alone."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_sources(self) -> int:
+        """Fetch units: the most sources that any of its pieces has."""
+        return max(len(piece.sources) for piece in self.pieces)
+
+
+def cut_problems(work: ShardWork) -> Iterator[Piece]:
+    """All pieces of a shard, in the order of the output file."""
+    for number, problem in enumerate(work.shard.problems):
+        method_name = work.settings[problem.setting].method
+        method = None if method_name == COPY else get_method(method_name)
+        entries = problem.num_entries
+        step = max(entries, 1)
+        if method is None or method.separable == "elementwise":
+            step = tile_entries(entries, problem.bytes_read, work.memory_budget)
+        sources = (problem.base, *problem.experts) if problem.base else problem.experts
+        for start in range(0, max(entries, 1), step):
+            end = min(start + step, entries)
+            yield Piece(
+                problem,
+                number,
+                start,
+                end,
+                streaming=method is not None and method.streaming,
+                sources=tuple(_entries(source, start, end) for source in sources),
+            )
+
+
+def _entries(source: Source, start: int, end: int) -> Source:
+    """The byte range of entries ``[start, end)`` of a source."""
+    size = ITEM_SIZE[source.dtype]
+    return Source(source.file, source.start + start * size, source.start + end * size, source.dtype)
+
+
+def group_pieces(pieces: Sequence[Piece], memory_budget: int) -> Iterator[Group]:
+    """Join neighbouring pieces while their bytes stay under the plan's ``group_limit``."""
+    limit = group_limit(memory_budget)
+    current: list[Piece] = []
+    total = 0
+    for piece in pieces:
+        if current and total + piece.bytes_read > limit:
+            yield Group(tuple(current))
+            current, total = [], 0
+        current.append(piece)
+        total += piece.bytes_read
+    if current:
+        yield Group(tuple(current))

@@ -1,0 +1,274 @@
+"""One shard from its plan to a published file: fetch → solve → encode → write, overlapping.
+
+This is the function that every worker runs, on a laptop and on a cluster. Its memory is bounded by
+the plan's budget and its largest single problem; it reads only the bytes of its own problems; the
+file appears whole, followed by its receipt, or not at all.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from merging.errors import Cancelled, PlanError
+from merging.execute.fetch import Fetcher, Unit
+from merging.execute.memory import BufferPool, MemoryBudget
+from merging.execute.output import ShardFile
+from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
+from merging.execute.solve import Solver
+from merging.plan.cost import group_limit
+from merging.plan.packing import data_bytes, shard_header
+from merging.plan.plan import PLAN_FORMAT, ShardWork
+from merging.receipts import ProblemFigures, Receipt, write_receipt
+from merging.storage.base import Storage
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCounts:
+    """How far a shard is; problems pass the stages in file order, so counts say which."""
+
+    tensors_fetched: int
+    tensors_solved: int
+    tensors_written: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Wall seconds by stage, as the solving thread sees them: waiting for bytes is ``fetch``."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"fetch": 0.0, "solve": 0.0, "write": 0.0}
+    )
+
+    def run(self, stage: str, call: Callable[[], Any]) -> Any:
+        """Call and account the time to a stage."""
+        begin = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
+
+
+def run_shard(
+    work: ShardWork,
+    storage: Storage,
+    *,
+    device: str = "cpu",
+    on_progress: Callable[[ShardCounts], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Receipt:
+    """Produce and publish one shard.
+
+    Args:
+        work: The plan of this shard.
+        storage: Where sources are and the output goes.
+        device: Torch device that solves.
+        on_progress: Called after every piece.
+        cancelled: Asked before every piece.
+
+    Returns:
+        The receipt, which is already stored beside the output.
+
+    Raises:
+        Cancelled: ``cancelled`` said so; nothing is left behind.
+        StorageError: Reading or writing failed, or a source changed since planning.
+        NumericalError: A tensor holds values that are not finite, or a solver failed.
+        PlanError: The plan was made by an incompatible version.
+    """
+    import torch
+
+    if work.format != PLAN_FORMAT:
+        raise PlanError(
+            f"This worker understands plan format {PLAN_FORMAT}, the plan has {work.format}."
+            " Run the same version of Mergeyard everywhere.",
+            code="wrong_version",
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(work.threads)
+    try:
+        return _ShardRun(work, storage, device, on_progress, cancelled).run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _ShardRun:
+    """The state of one call of :func:`run_shard`."""
+
+    def __init__(
+        self,
+        work: ShardWork,
+        storage: Storage,
+        device: str,
+        on_progress: Callable[[ShardCounts], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self._work = work
+        self._storage = storage
+        self._device = device
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+        self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
+        self._solver = Solver(work, device)
+        self._budget = MemoryBudget(work.memory_budget)
+        self._clock = _Clock()
+        self._figures: list[dict[str, Any]] = [{} for _ in work.shard.problems]
+        self._solve_seconds = [0.0 for _ in work.shard.problems]
+        self._header = shard_header(work.shard.problems)
+        ends = itertools.accumulate(map(data_bytes, work.shard.problems))
+        self._ends = [len(self._header) + end for end in ends]
+        self._fetched = 0
+        self._solved = 0
+
+    def run(self) -> Receipt:
+        work = self._work
+        begin = time.perf_counter()
+        uri = f"{work.output_uri}/{work.shard.file_name}"
+        with (
+            self._storage.open_writer(uri, work.shard.size) as writer,
+            ShardFile(writer, self._budget) as file,
+            self._fetcher(writer.buffer_bytes) as fetcher,
+        ):
+            file.write(self._header)
+            for group, units in zip(self._groups, fetcher.units, strict=True):
+                self._run_group(group, units, fetcher, file)
+            stat, sha256 = self._clock.run("write", file.finish)
+            receipt = Receipt(
+                plan_digest=work.plan_digest,
+                shard_index=work.shard.index,
+                file_name=work.shard.file_name,
+                size=stat.size,
+                sha256=sha256,
+                version=stat.version,
+                bytes_read=fetcher.bytes_read,
+                read_requests=fetcher.requests,
+                peak_buffer_bytes=self._budget.peak,
+                seconds=self._clock.seconds | {"total": time.perf_counter() - begin},
+                device=_device_name(self._device),
+                worker=f"{platform.node()}:{os.getpid()}",
+                problems=self._problem_figures(),
+            )
+            self._report(fetcher, file)
+        write_receipt(self._storage, work.output_uri, receipt)
+        return receipt
+
+    def _fetcher(self, writer_bytes: int) -> Fetcher:
+        """Start reading ahead, into what the budget leaves beside solving and writing."""
+        pieces = (piece for group in self._groups for piece in group.pieces)
+        idle_bytes = group_limit(self._work.memory_budget) // 2
+        self._budget.set_aside(max(map(self._working_bytes, pieces), default=0))
+        self._budget.set_aside(idle_bytes + writer_bytes)
+        buffers = BufferPool(idle_bytes, pinned=self._device != "cpu")
+        return Fetcher(self._work, self._groups, self._storage, self._budget, buffers)
+
+    def _working_bytes(self, piece: Piece) -> int:
+        """Host memory that solving a piece takes beside its inputs."""
+        workspace = piece.workspace_bytes if self._device == "cpu" else 0
+        return workspace + piece.output_bytes
+
+    def _run_group(
+        self, group: Group, units: list[Unit], fetcher: Fetcher, file: ShardFile
+    ) -> None:
+        held = dict.fromkeys(units)
+
+        def release(unit: Unit) -> None:
+            del held[unit]
+            fetcher.release(unit)
+
+        for piece in group.pieces:
+            if self._cancelled is not None and self._cancelled():
+                raise Cancelled("The merge was cancelled.")
+            alone = len(group.pieces) == 1
+            inputs = self._inputs(piece, units, fetcher, release if alone else None)
+            working = self._working_bytes(piece)
+            self._clock.run("write", functools.partial(self._wait_for_writes, file, working))
+            self._budget.take(working)
+            result = self._solve(piece, inputs)
+            self._budget.release(working)
+            self._clock.run("write", functools.partial(file.write, result))
+            if piece.is_last:
+                self._solved = piece.number + 1
+            self._report(fetcher, file)
+        for unit in list(held):
+            release(fetcher.wait(unit))
+
+    def _wait_for_writes(self, file: ShardFile, needed: int) -> None:
+        """Let earlier results be written first if they are in the way of solving the next."""
+        budget = self._budget
+        budget.wait_until(lambda: budget.used + needed <= budget.limit or file.bytes_waiting == 0)
+
+    def _solve(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> torch.Tensor:
+        waited = self._clock.seconds["fetch"]
+        begin = time.perf_counter()
+        result = self._solver.solve(piece, inputs, self._figures[piece.number])
+        seconds = time.perf_counter() - begin - (self._clock.seconds["fetch"] - waited)
+        self._clock.seconds["solve"] += seconds
+        self._solve_seconds[piece.number] += seconds
+        return result
+
+    def _inputs(
+        self,
+        piece: Piece,
+        units: list[Unit],
+        fetcher: Fetcher,
+        release: Callable[[Unit], None] | None,
+    ) -> Iterator[torch.Tensor]:
+        """The piece's inputs, base first, as they arrive.
+
+        With ``release``, an expert of a streaming method is let go when the next is asked for;
+        all others stay until the group is done, since the method may still look at them.
+        """
+        has_base = piece.problem.base is not None
+        last = len(piece.sources) - 1
+        for position in range(last + 1):
+            unit = units[position]
+            self._clock.run("fetch", functools.partial(fetcher.wait, unit))
+            if position == last and piece.is_last:
+                self._fetched = piece.number + 1
+            yield unit.view(piece)
+            if release is not None and piece.streaming and not (has_base and position == 0):
+                release(unit)
+
+    def _report(self, fetcher: Fetcher, file: ShardFile) -> None:
+        if self._on_progress is None:
+            return
+        written = file.bytes_written
+        self._on_progress(
+            ShardCounts(
+                tensors_fetched=self._fetched,
+                tensors_solved=self._solved,
+                tensors_written=bisect.bisect_right(self._ends, written),
+                bytes_read=fetcher.bytes_read,
+                bytes_written=written,
+            )
+        )
+
+    def _problem_figures(self) -> tuple[ProblemFigures, ...]:
+        return tuple(
+            ProblemFigures(
+                tensor_name=problem.tensor_name,
+                method=self._work.settings[problem.setting].method,
+                solve_seconds=round(self._solve_seconds[number], 6),
+                figures=self._figures[number],
+            )
+            for number, problem in enumerate(self._work.shard.problems)
+        )
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return f"{device} {torch.cuda.get_device_name(device)}"

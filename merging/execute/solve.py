@@ -1,0 +1,164 @@
+"""Solving one piece: inputs to the device, checks, the method's function, the cast to output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from merging.dtypes import torch_dtype
+from merging.errors import NumericalError
+from merging.execute.pieces import Piece
+from merging.method import MergeMethod, Task, get_method
+from merging.plan.plan import COPY, Setting, ShardWork
+
+if TYPE_CHECKING:
+    import torch
+
+_CHECK_BLOCK = 1 << 18
+"""Entries looked at together by the finiteness check: small enough to stay in cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A setting with its method looked up and its parameters validated."""
+
+    method: MergeMethod | None
+    parameters: Any
+    expert_parameters: tuple[Any, ...]
+
+
+def _resolve(setting: Setting) -> _Resolved:
+    if setting.method == COPY:
+        return _Resolved(None, None, ())
+    method = get_method(setting.method)
+    return _Resolved(
+        method,
+        method.parameters.model_validate(setting.parameters),
+        tuple(method.expert_parameters.model_validate(p) for p in setting.expert_parameters),
+    )
+
+
+class Solver:
+    """Turns inputs into output tensors on one device."""
+
+    def __init__(self, work: ShardWork, device: str) -> None:
+        self._work = work
+        self._device = device
+        self._settings = [_resolve(setting) for setting in work.settings]
+        self._copies: torch.cuda.Stream | None = None
+        if device != "cpu":
+            import torch
+
+            self._copies = torch.cuda.Stream(device)
+
+    def solve(
+        self, piece: Piece, inputs: Iterator[torch.Tensor], figures: dict[str, Any]
+    ) -> torch.Tensor:
+        """Merge one piece.
+
+        Args:
+            piece: Which entries of which problem.
+            inputs: Flat host tensors in stored dtype: base first if there is one, then experts.
+            figures: Filled with what the method reports.
+
+        Returns:
+            Flat contiguous host tensor in the output dtype.
+
+        Raises:
+            NumericalError: ``non_finite_input`` or ``non_finite_output``, naming the tensor.
+        """
+        problem = piece.problem
+        resolved = self._settings[problem.setting]
+        merged = (
+            next(inputs).clone()
+            if resolved.method is None
+            else self._merge(resolved.method, resolved, piece, inputs, figures)
+        )
+        result = merged.reshape(-1).to(torch_dtype(problem.dtype)).cpu()
+        if resolved.method is not None and self._work.check_finite:
+            check_finite(result, f"The merged tensor {problem.tensor_name!r}", "non_finite_output")
+        return result
+
+    def _merge(
+        self,
+        method: MergeMethod,
+        resolved: _Resolved,
+        piece: Piece,
+        inputs: Iterator[torch.Tensor],
+        figures: dict[str, Any],
+    ) -> torch.Tensor:
+        problem = piece.problem
+        whole = piece.start == 0 and piece.is_last
+        shape = problem.shape if whole else (piece.end - piece.start,)
+        arriving = self._arrive(piece, inputs, shape)
+        base = next(arriving) if problem.base is not None else None
+        task = Task(
+            tensor_name=problem.tensor_name,
+            parameters=resolved.parameters,
+            expert_parameters=resolved.expert_parameters,
+            seed=self._work.seed,
+            offset=piece.start,
+            row_block=problem.row_block,
+            transposed=problem.transposed,
+            figures=figures,
+        )
+        return method.merge(base, arriving, task)
+
+    def _arrive(
+        self, piece: Piece, inputs: Iterator[torch.Tensor], shape: tuple[int, ...]
+    ) -> Iterator[torch.Tensor]:
+        """Inputs on the device; a host buffer is free again when the next one is asked for."""
+        for position, host in enumerate(inputs):
+            if self._work.check_finite:
+                source = piece.sources[position]
+                check_finite(
+                    host,
+                    f"Tensor {piece.problem.tensor_name!r} in {self._work.files[source.file].uri}",
+                    "non_finite_input",
+                )
+            on_device, copied = self._upload(host)
+            yield on_device.view(shape)
+            copied()
+
+    def _upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Start copying to the device beside its computing; the callable waits for the copy."""
+        if self._copies is None:
+            return host, _nothing
+        import torch
+
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._copies):
+            on_device = host.to(self._device, non_blocking=True)
+            done.record(self._copies)
+        solving = torch.cuda.current_stream(self._device)
+        solving.wait_event(done)
+        on_device.record_stream(solving)
+        return on_device, done.synchronize
+
+
+def _nothing() -> None:
+    """There is no copy to wait for."""
+
+
+def check_finite(flat: torch.Tensor, what: str, code: str) -> None:
+    """Raise :class:`NumericalError` if a flat tensor holds NaN or infinity."""
+    import torch
+
+    if flat.dtype.itemsize == 1:
+        flat = flat.to(torch.float32)
+    for block in flat.split(_CHECK_BLOCK):
+        if block.numel() and not all(bool(torch.isfinite(e)) for e in torch.aminmax(block)):
+            nan = int(torch.isnan(flat).sum())
+            infinite = int(torch.isinf(flat).sum())
+            first = int((~torch.isfinite(flat)).nonzero()[0])
+            advice = (
+                "Repair that checkpoint, leave it out, or merge with check_finite=false."
+                if code == "non_finite_input"
+                else "The inputs are finite, so the output dtype or a scale is too small or large."
+            )
+            raise NumericalError(
+                f"{what} holds {nan} NaN and {infinite} infinite values"
+                f" (first at flat index {first} of the part looked at). {advice}",
+                code=code,
+            )

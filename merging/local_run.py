@@ -1,0 +1,57 @@
+"""A whole merge in this process, by the same shard function that workers call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from merging.execute.shard import ShardCounts, run_shard
+from merging.plan.plan import Plan
+from merging.publish import prepare_output, publish
+from merging.receipts import read_receipt
+from merging.storage.base import Storage
+
+
+def run_plan(
+    plan: Plan,
+    storage: Storage,
+    *,
+    device: str = "cpu",
+    on_progress: Callable[[int, ShardCounts], None] | None = None,
+) -> dict[str, Any]:
+    """Run a plan shard by shard; shards that an interrupted run published are taken over.
+
+    Args:
+        plan: What to do.
+        storage: Where inputs are and the output goes.
+        device: Torch device that solves.
+        on_progress: Called with the shard's index and its counts.
+
+    Returns:
+        The merge report.
+
+    Raises:
+        MergeError: What went wrong; the output then holds no index.
+    """
+    prepare_output(plan, storage)
+    digest = plan.digest
+    receipts = []
+    for shard in plan.shards:
+        receipt = read_receipt(storage, plan.output_uri, digest, shard.file_name)
+        if receipt is None:
+            receipt = run_shard(
+                plan.work(shard.index, digest),
+                storage,
+                device=device,
+                on_progress=_with_index(on_progress, shard.index),
+            )
+        receipts.append(receipt)
+    return publish(plan, receipts, storage)
+
+
+def _with_index(
+    on_progress: Callable[[int, ShardCounts], None] | None, index: int
+) -> Callable[[ShardCounts], None] | None:
+    if on_progress is None:
+        return None
+    return lambda counts: on_progress(index, counts)

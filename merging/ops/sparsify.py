@@ -1,0 +1,171 @@
+"""Which entries of a task vector are kept: the largest ones, or a random share.
+
+Both are used as the ``sparsify`` argument of :func:`merging.ops.task_vectors.combine_task_vectors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from merging.ops.blocks import block_size, blocks_of
+
+
+class KeepLargest:
+    """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
+
+    Of equal magnitudes at the threshold those with the lowest flat index are kept: bfloat16 task
+    vectors are full of equal magnitudes, and what is kept must not depend on how they were sorted.
+
+    Args:
+        base: Base tensor.
+        experts: Tensors of the same shape.
+        densities: Share to keep of each, in (0, 1].
+        scratch_N: Flat tensor of the work dtype with as many entries; overwritten.
+    """
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        experts: Sequence[torch.Tensor],
+        densities: Sequence[float],
+        scratch_N: torch.Tensor,
+    ) -> None:
+        size = min(block_size(base.device), base.numel())
+        self._scratch = torch.empty((2, size), dtype=scratch_N.dtype, device=base.device)
+        self._thresholds: list[float] = []
+        self._ties_left: list[int] = []
+        for expert, density in zip(experts, densities, strict=True):
+            threshold, ties = 0.0, 0
+            if density < 1 and base.numel():
+                num_kept = max(1, int(density * base.numel()))
+                self._write_magnitudes(base, expert, scratch_N)
+                threshold = _kth_largest(scratch_N, num_kept)
+                ties = num_kept - _count_above(scratch_N, threshold)
+            self._thresholds.append(threshold)
+            self._ties_left.append(ties)
+
+    def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
+        """Zero the entries of a block that are not kept; blocks must come in order."""
+        threshold, ties_left = self._thresholds[expert], self._ties_left[expert]
+        if threshold == 0:
+            return
+        magnitudes, ties = self._scratch[:, : task_vector_N.numel()]
+        torch.abs(task_vector_N, out=magnitudes)
+        if not ties_left:
+            task_vector_N.mul_(magnitudes.gt_(threshold))
+            return
+        num_ties = int(ties.copy_(magnitudes).eq_(threshold).sum())
+        if num_ties > ties_left:
+            surplus = ties.nonzero().view(-1)[ties_left:]
+            task_vector_N[surplus] = 0
+        task_vector_N.mul_(magnitudes.ge_(threshold))
+        self._ties_left[expert] = max(0, ties_left - num_ties)
+
+    def _write_magnitudes(
+        self, base: torch.Tensor, expert: torch.Tensor, magnitudes_N: torch.Tensor
+    ) -> None:
+        base_N, expert_N = base.reshape(-1), expert.reshape(-1)
+        for block in blocks_of(base.numel(), base.device):
+            target = magnitudes_N[block].copy_(expert_N[block])
+            origin = self._scratch[0, : target.numel()].copy_(base_N[block])
+            target.sub_(origin).abs_()
+
+
+def _kth_largest(values_N: torch.Tensor, k: int) -> float:
+    """Exact k-th largest value, by selection; reorders its argument."""
+    rank = values_N.numel() - k
+    if values_N.device.type == "cpu":
+        array = values_N.numpy()
+        array.partition(rank)  # introselect: several times as fast as torch.kthvalue or topk
+        return float(array[rank])
+    return float(values_N.kthvalue(rank + 1).values)
+
+
+def _count_above(values_N: torch.Tensor, threshold: float) -> int:
+    """How many values are larger; overwrites them."""
+    blocks = blocks_of(values_N.numel(), values_N.device)
+    return sum(int(values_N[block].gt_(threshold).sum()) for block in blocks)
+
+
+class KeepRandom:
+    """Keeps every entry with its expert's probability, independently, and may rescale the kept.
+
+    Counter-based: whether entry i is kept is a function of (seed, expert, tensor name, i) alone, so
+    masks do not depend on how the tensor is cut, on order, or on the device. The function is
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) at position ⌊i/2⌋ of a sequence that starts at a
+    hash of the rest; an even i takes the lower 32 bits of the output, an odd one the upper.
+
+    Args:
+        densities: Probability of keeping an entry of each expert, in (0, 1].
+        rescale: Divide what is kept by the density, which keeps the mean.
+        seed: The recipe's seed.
+        tensor_name: Name of the tensor.
+        offset: Flat index, in the whole tensor, of the first entry of the tile at hand.
+        device: Where the task vectors are.
+    """
+
+    def __init__(
+        self,
+        densities: Sequence[float],
+        *,
+        rescale: bool,
+        seed: int,
+        tensor_name: str,
+        offset: int,
+        device: torch.device,
+    ) -> None:
+        self._densities = densities
+        self._rescale = rescale
+        self._offset = offset
+        self._keys = [_stream_key(seed, expert, tensor_name) for expert, _ in enumerate(densities)]
+        num_pairs = block_size(device) // 2 + 1
+        self._steps = torch.arange(num_pairs, device=device).mul_(_signed(_GAMMA))
+        self._state = torch.empty_like(self._steps)
+        self._scratch = torch.empty_like(self._steps)
+
+    def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:
+        """Zero the entries of a block that are dropped, and rescale the others if asked."""
+        density = self._densities[expert]
+        if density == 1:
+            return
+        uniform = self._uniform_int32(expert, self._offset + start, task_vector_N.numel())
+        is_kept = uniform.lt_(min(round(density * 2**32), 2**32 - 1) - 2**31)
+        task_vector_N.mul_(is_kept)
+        if self._rescale:
+            task_vector_N.div_(density)
+
+    def _uniform_int32(self, expert: int, first: int, count: int) -> torch.Tensor:
+        """Uniform 32-bit integers for the entries ``first … first + count - 1``."""
+        pair, skip = divmod(first, 2)
+        num_pairs = (skip + count + 1) // 2
+        state, scratch = self._state[:num_pairs], self._scratch[:num_pairs]
+        origin = self._keys[expert] + (pair + 1) * _GAMMA
+        torch.add(self._steps[:num_pairs], _signed(origin), out=state)
+        _xor_shifted(state, 30, scratch).mul_(_signed(0xBF58476D1CE4E5B9))
+        _xor_shifted(state, 27, scratch).mul_(_signed(0x94D049BB133111EB))
+        _xor_shifted(state, 31, scratch)
+        return state.view(torch.int32)[skip : skip + count]
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+"""SplitMix64's increment: 2⁶⁴ divided by the golden ratio, made odd."""
+
+
+def _stream_key(seed: int, expert: int, tensor_name: str) -> int:
+    """64 bits that say where an expert's stream starts for a tensor."""
+    text = f"{seed}/{expert}/{tensor_name}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same lowest 64 bits; torch has no full unsigned arithmetic."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _xor_shifted(state: torch.Tensor, shift: int, scratch: torch.Tensor) -> torch.Tensor:
+    """``state ^= state >> shift`` with zeros shifted in, in place."""
+    torch.bitwise_right_shift(state, shift, out=scratch)
+    return state.bitwise_xor_(scratch.bitwise_and_((1 << (64 - shift)) - 1))

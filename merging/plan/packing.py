@@ -1,0 +1,117 @@
+"""Packing problems into shards: which tensor goes into which output file.
+
+Rules, in this order:
+
+1. Tensors stay in the model's order, so that the reads of a shard are few and long: embeddings,
+   then layer by layer, then the rest; within a layer as they lie in the input's files.
+2. A file is at most ``max_shard_size`` bytes, header included. A tensor is never cut; one that is
+   larger has a file of its own.
+3. A shard has at most 1/32 of the merge's operations (but 10¹² are never too many), unless it is
+   one tensor: the costliest shard then does not set the finish time alone.
+4. Under these limits as few shards as possible, and then as even in bytes as possible: the last
+   file is not a small remainder.
+
+Inside a file, tensors with wider entries come first, as the format's reference writer does it:
+every tensor is then aligned to its entry size, which readers of mapped files need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import msgspec
+
+from merging.checkpoint.header import encode_header
+from merging.dtypes import ITEM_SIZE
+from merging.plan.plan import Problem, Shard
+
+FILE_METADATA = {"format": "pt"}
+"""What transformers requires in the header of a weight file."""
+
+_FLOPS_PARTS = 32
+"""Enough shards of equal work to keep a few dozen workers busy to the end."""
+
+_SMALL_FLOPS = 1e12
+"""Seconds of one CPU core: splitting work below this costs more than it gains."""
+
+_FRAME_BYTES = 64
+"""Upper bound of a header's length field, braces, metadata and padding."""
+
+_SEARCH_PARTS = 256
+"""Evenness: the largest shard is at most 1/256 larger than it need be."""
+
+
+def pack(problems: Sequence[Problem], max_shard_size: int) -> tuple[Shard, ...]:
+    """Cut a list of problems, in the model's order, into shards.
+
+    Args:
+        problems: All problems of the merge.
+        max_shard_size: Largest output file in bytes.
+    """
+    if not problems:
+        return ()
+    flops_limit = max(sum(p.flops for p in problems) / _FLOPS_PARTS, _SMALL_FLOPS)
+    sizes = [_file_share(problem, max_shard_size) for problem in problems]
+    work = [problem.flops for problem in problems]
+    limit = _even_limit(sizes, work, max_shard_size - _FRAME_BYTES, flops_limit)
+    bounds = [*_cut(sizes, work, limit, flops_limit), len(problems)]
+    count = len(bounds) - 1
+    return tuple(
+        _shard(index, count, problems[bounds[index] : bounds[index + 1]]) for index in range(count)
+    )
+
+
+def shard_header(problems: Sequence[Problem]) -> bytes:
+    """The header of the file that holds these tensors in this order."""
+    return encode_header([(p.tensor_name, p.dtype, p.shape) for p in problems], FILE_METADATA)
+
+
+def data_bytes(problem: Problem) -> int:
+    """Bytes of the output tensor."""
+    return problem.num_entries * ITEM_SIZE[problem.dtype]
+
+
+def _shard(index: int, count: int, problems: Sequence[Problem]) -> Shard:
+    ordered = tuple(sorted(problems, key=lambda p: -ITEM_SIZE[p.dtype]))
+    size = len(shard_header(ordered)) + sum(data_bytes(p) for p in ordered)
+    return Shard(index, f"model-{index + 1:05d}-of-{count:05d}.safetensors", size, ordered)
+
+
+def _file_share(problem: Problem, max_shard_size: int) -> int:
+    """Upper bound of what the tensor adds to a file: its bytes and its entry in the header."""
+    num_bytes = data_bytes(problem)
+    offset = max(max_shard_size, num_bytes)
+    entry = {"dtype": problem.dtype, "shape": problem.shape, "data_offsets": (offset, offset)}
+    name = json.dumps(problem.tensor_name, ensure_ascii=False).encode()
+    return num_bytes + len(msgspec.json.encode(entry)) + len(name) + len(":,")
+
+
+def _cut(
+    sizes: Sequence[int], work: Sequence[float], size_limit: int, flops_limit: float
+) -> list[int]:
+    """First indices of the shards, each filled up to the limits."""
+    starts = [0]
+    size, flops = sizes[0], work[0]
+    for index in range(1, len(sizes)):
+        size += sizes[index]
+        flops += work[index]
+        if size > size_limit or flops > flops_limit:
+            starts.append(index)
+            size, flops = sizes[index], work[index]
+    return starts
+
+
+def _even_limit(
+    sizes: Sequence[int], work: Sequence[float], size_limit: int, flops_limit: float
+) -> int:
+    """The smallest limit on sizes that needs no more shards than ``size_limit`` does."""
+    fewest = len(_cut(sizes, work, size_limit, flops_limit))
+    low, high = sum(sizes) // fewest, size_limit
+    while high - low > max(high // _SEARCH_PARTS, 1):
+        middle = (low + high) // 2
+        if len(_cut(sizes, work, middle, flops_limit)) > fewest:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,0 +1,204 @@
+"""From a recipe to a plan: everything is checked and fixed here, from headers alone.
+
+What the output's tensors are stored as: ``out_dtype`` of the recipe, else ``dtype``, else the type
+that the inputs of each tensor have in common (the wider one where they differ; F8 is read only and
+becomes BF16). Arithmetic is in float32 whatever the recipe says. Tensors that are not floats are
+taken over from the base model, or from the first expert where there is none; so are
+``config.json``, with the type updated, and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from merging.checkpoint.index import CheckpointIndex
+from merging.dtypes import is_float, recipe_name
+from merging.errors import PlanError
+from merging.options import MergeOptions
+from merging.plan.inputs import Inputs, read_inputs
+from merging.plan.packing import data_bytes, pack
+from merging.plan.plan import (
+    PLAN_FORMAT,
+    WORKSPACE,
+    Companion,
+    Input,
+    Plan,
+    Problem,
+    Shard,
+    Totals,
+)
+from merging.plan.problems import ProblemBuilder
+from merging.plan.tensors import check_tensors, shorten_list, unmatched_filters
+from merging.recipe import Recipe
+from merging.storage.base import Storage
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_uri: str) -> Plan:
+    """Plan a merge. Reads listings, configs and headers of the inputs; never weights.
+
+    Args:
+        recipe: A checked recipe.
+        storage: Where inputs are and the output goes.
+        options: How to run it.
+        output_uri: Folder of the merged checkpoint.
+
+    Returns:
+        The plan; the same arguments and inputs give the same plan, byte for byte.
+
+    Raises:
+        RecipeError: The recipe does not suit the models.
+        CheckpointError: Models are damaged or do not fit together, with a fault for each reason.
+        PlanError: ``output_exists``, ``nothing_to_do`` or ``does_not_fit``.
+        StorageError: Something cannot be read.
+    """
+    output_uri = storage.normalise(output_uri)
+    warnings = list(recipe.warnings)
+    if not options.overwrite:
+        check_output_free(storage, output_uri)
+    inputs = read_inputs(recipe, storage, output_uri)
+    entries = check_tensors(inputs, warnings)
+    builder = ProblemBuilder(recipe, inputs, options.memory_budget)
+    problems = builder.build(entries)
+    shards = pack(problems, options.max_shard_size)
+    warnings += _warn_of_types(recipe, inputs)
+    warnings += _warn_of_sizes(problems, options)
+    warnings += [
+        f"The filter {name!r} is part of no tensor's name and has no effect."
+        for name in unmatched_filters(builder.settings.filters, [e.name for e in entries])
+    ]
+    return Plan(
+        format=PLAN_FORMAT,
+        recipe=recipe.normalised(),
+        recipe_digest=recipe.digest,
+        method=recipe.merge_method,
+        output_uri=output_uri,
+        overwrite=options.overwrite,
+        seed=options.seed,
+        threads=options.threads,
+        memory_budget=options.memory_budget,
+        check_finite=options.check_finite,
+        inputs=_inputs(inputs),
+        files=tuple(builder.files),
+        settings=tuple(builder.settings.settings),
+        shards=shards,
+        config=output_config(inputs.donor.config, problems),
+        companions=_companions(inputs.donor),
+        warnings=tuple(warnings),
+        totals=_totals(problems, shards),
+    )
+
+
+def check_output_free(storage: Storage, output_uri: str) -> None:
+    """Refuse an output that holds a checkpoint; shards of an unfinished merge are none.
+
+    Raises:
+        PlanError: ``output_exists``.
+    """
+    names = [item.uri[len(output_uri) + 1 :] for item in storage.list(output_uri)]
+    is_unfinished = any(name.startswith(f"{WORKSPACE}/") for name in names)
+    found = [
+        name
+        for name in names
+        if name in (INDEX_NAME, SINGLE_NAME)
+        or (name.endswith(".safetensors") and "/" not in name and not is_unfinished)
+    ]
+    if found:
+        raise PlanError(
+            f"{output_uri} already holds a checkpoint ({shorten_list(found)}). Choose another"
+            " output, or allow it to be replaced with overwrite.",
+            code="output_exists",
+            context={"uri": output_uri},
+        )
+
+
+def output_config(config: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
+    """The donor's config with the type that most of the output's bytes have."""
+    sizes = Counter[str]()
+    for problem in problems:
+        if is_float(problem.dtype):
+            sizes[problem.dtype] += data_bytes(problem)
+    name = recipe_name(max(sorted(sizes), key=sizes.__getitem__))
+    return _with_dtype(config, name)
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy in which every key that states a type states this one, in parts of the model too."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _DTYPE_KEYS and isinstance(value, str):
+            changed[key] = name
+        elif key.endswith("_config") and isinstance(value, dict):
+            changed[key] = _with_dtype(value, name)
+        else:
+            changed[key] = value
+    return changed
+
+
+def _inputs(inputs: Inputs) -> tuple[Input, ...]:
+    base = [Input(inputs.base.uri, "base", checkpoint_digest(inputs.base))] if inputs.base else []
+    return (
+        *base,
+        *(Input(e.index.uri, "expert", checkpoint_digest(e.index)) for e in inputs.experts),
+    )
+
+
+def checkpoint_digest(index: CheckpointIndex) -> str:
+    """``sha256:…`` over names, sizes and versions of the weight files (not over the weights)."""
+    digest = hashlib.sha256()
+    for file in index.files:
+        name = file.uri[len(index.uri) + 1 :]
+        digest.update(f"{name}\n{file.size}\n{file.version}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _companions(donor: CheckpointIndex) -> tuple[Companion, ...]:
+    return tuple(
+        Companion(f"{donor.uri}/{name}", name, version)
+        for name, version in sorted(donor.companions.items())
+    )
+
+
+def _totals(problems: Sequence[Problem], shards: Sequence[Shard]) -> Totals:
+    return Totals(
+        tensors=len(problems),
+        bytes_read=sum(problem.bytes_read for problem in problems),
+        bytes_written=sum(shard.size for shard in shards),
+        flops=sum(problem.flops for problem in problems),
+        max_host_bytes=max(problem.host_bytes for problem in problems),
+        max_device_bytes=max(problem.device_bytes for problem in problems),
+    )
+
+
+def _warn_of_types(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Inputs that store their tensors differently."""
+    if recipe.dtype or recipe.out_dtype:
+        return []
+    types = {
+        index.uri: Counter(e.dtype for e in index.tensors.values() if is_float(e.dtype))
+        for index in inputs.all_indexes
+    }
+    main = {uri: max(sorted(count), key=count.__getitem__) for uri, count in types.items() if count}
+    if len(set(main.values())) < 2:
+        return []
+    stored = ", ".join(f"{uri} {dtype}" for uri, dtype in main.items())
+    return [
+        f"The models are stored in different types ({stored}); each merged tensor takes the wider"
+        " one. Set 'out_dtype' for another."
+    ]
+
+
+def _warn_of_sizes(problems: Sequence[Problem], options: MergeOptions) -> list[str]:
+    large = [p.tensor_name for p in problems if data_bytes(p) > options.max_shard_size]
+    if not large:
+        return []
+    return [
+        f"{len(large)} tensors are larger than max_shard_size ({options.max_shard_size} bytes) and"
+        f" have files of their own: {shorten_list(large)}."
+    ]

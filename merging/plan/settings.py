@@ -1,0 +1,152 @@
+"""Which method with which parameters each tensor gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from merging.errors import Fault
+from merging.method import MergeMethod, Parameters, get_method
+from merging.plan.plan import COPY, Setting
+from merging.plan.tensors import SHOWN
+from merging.recipe import Recipe
+from merging.recipe.parameters import parameter_rules
+from merging.recipe.parse import recipe_error
+from merging.selectors import ParameterValue, evaluate, filters
+
+MEAN_METHOD = "linear"
+"""The method, with its default parameters, of tensors that become the experts' mean."""
+
+_PLANNED = frozenset({"touch", "rest"})
+"""Parameters that the planner has used up: they say which tensors, not what to do with them."""
+
+_Level = Mapping[str, ParameterValue]
+
+
+class SettingTable:
+    """Resolves the recipe's parameters tensor by tensor; equal results share one setting.
+
+    Args:
+        recipe: A checked recipe.
+        method: Its method.
+        entries: The experts' places under ``models``.
+    """
+
+    def __init__(self, recipe: Recipe, method: MergeMethod, entries: Sequence[int]) -> None:
+        self.settings: list[Setting] = []
+        self._numbers: dict[str, int] = {}
+        self._resolved: dict[str, int] = {}
+        self._models: list[Parameters | None] = []
+        self._method = method
+        self._recipe = recipe
+        self._levels: list[tuple[_Level, ...]] = [
+            (recipe.models[entry].parameters, recipe.parameters) for entry in entries
+        ]
+        self._own = tuple(n for n in parameter_rules(method.parameters) if n in recipe.parameters)
+        self._expert_names = tuple(parameter_rules(method.expert_parameters))
+        self._faults: dict[str, list[str]] = {}
+
+    @property
+    def filters(self) -> list[str]:
+        """All name filters of the recipe."""
+        levels = [self._recipe.parameters, *(e.parameters for e in self._recipe.models)]
+        return [f for level in levels for value in level.values() for f in filters(value)]
+
+    def parameters(self, setting: int) -> Parameters | None:
+        """The validated parameters of a setting; None of a copy."""
+        return self._models[setting]
+
+    def copy(self) -> int:
+        """The setting of tensors that are taken over."""
+        return self._add(COPY, None, ())
+
+    def mean(self) -> int:
+        """The setting of tensors that become the mean of the experts."""
+        method = get_method(MEAN_METHOD)
+        experts = (method.expert_parameters(),) * len(self._levels)
+        return self._add(method.name, method.parameters(), experts)
+
+    def merge(self, tensor_name: str, position: float) -> int:
+        """The setting of a tensor that the recipe's method merges.
+
+        A fault is kept for :meth:`raise_faults`; the number is then of no use.
+        """
+        own = {
+            name: evaluate(self._recipe.parameters[name], tensor_name, position)
+            for name in self._own
+        }
+        experts = [
+            {name: _first(levels, name, tensor_name, position) for name in self._expert_names}
+            for levels in self._levels
+        ]
+        key = json.dumps([own, experts])
+        number = self._resolved.get(key)
+        if number is None:
+            try:
+                number = self._add(
+                    self._method.name,
+                    _validate(self._method.parameters, own),
+                    tuple(_validate(self._method.expert_parameters, e) for e in experts),
+                )
+                self._resolved[key] = number
+            except ValidationError as error:
+                self._keep_fault(error, tensor_name)
+                return self.copy()
+        return number
+
+    def raise_faults(self) -> None:
+        """Raise :class:`RecipeError` if the parameters of a tensor do not go together."""
+        faults = []
+        for reason, names in self._faults.items():
+            where = f"tensor {names[0]!r}"
+            if len(names) > 1:
+                where += f" and {len(names) - 1} more"
+            faults.append(Fault("/parameters", "bad_parameter", f"For {where}: {reason}"))
+        if faults:
+            raise recipe_error(faults[:SHOWN])
+
+    def _keep_fault(self, error: ValidationError, tensor_name: str) -> None:
+        for item in error.errors(include_url=False):
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "missing":
+                reason = f"the parameter {name!r} has no value: no filter matches."
+            else:
+                reason = f"{name}: {item['msg']}" if name else item["msg"]
+            self._faults.setdefault(reason, []).append(tensor_name)
+
+    def _add(
+        self, method: str, parameters: Parameters | None, experts: Sequence[Parameters]
+    ) -> int:
+        setting = Setting(
+            method=method,
+            parameters=_dump(parameters) if parameters else {},
+            expert_parameters=tuple(_dump(expert) for expert in experts),
+        )
+        key = json.dumps([method, setting.parameters, setting.expert_parameters], sort_keys=True)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.settings)
+            self.settings.append(setting)
+            self._models.append(parameters)
+        return self._numbers[key]
+
+
+def _first(levels: Sequence[_Level], name: str, tensor_name: str, position: float) -> Any:
+    """The value of the first level that has one for this tensor; None if none has."""
+    for level in levels:
+        if name in level:
+            value = evaluate(level[name], tensor_name, position)
+            if value is not None:
+                return value
+    return None
+
+
+def _validate(model: type[Parameters], values: Mapping[str, Any]) -> Parameters:
+    given = {name: value for name, value in values.items() if value is not None}
+    return model.model_validate_json(json.dumps(given), strict=True)
+
+
+def _dump(parameters: Parameters) -> dict[str, Any]:
+    return parameters.model_dump(mode="json", by_alias=True, exclude=set(_PLANNED))

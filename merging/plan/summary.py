@@ -1,0 +1,44 @@
+"""What a plan would do, for people and for ``POST /v1/plans``: figures without the problems."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from merging.plan.plan import Plan
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan in figures, as a JSON object."""
+    methods = Counter(
+        plan.settings[problem.setting].method for shard in plan.shards for problem in shard.problems
+    )
+    return {
+        "object": "plan_summary",
+        "plan_digest": plan.digest,
+        "recipe_digest": plan.recipe_digest,
+        "method": plan.method,
+        "output_uri": plan.output_uri,
+        "inputs": [{"uri": i.uri, "role": i.role, "digest": i.digest} for i in plan.inputs],
+        "shards": len(plan.shards),
+        "tensors": plan.totals.tensors,
+        "tensors_by_method": dict(sorted(methods.items())),
+        "bytes_read": plan.totals.bytes_read,
+        "bytes_written": plan.totals.bytes_written,
+        "flops": plan.totals.flops,
+        "max_host_bytes": plan.totals.max_host_bytes,
+        "max_device_bytes": plan.totals.max_device_bytes,
+        "memory_budget": plan.memory_budget,
+        "files": [
+            {
+                "name": shard.file_name,
+                "size": shard.size,
+                "tensors": len(shard.problems),
+                "bytes_read": shard.bytes_read,
+                "flops": shard.flops,
+            }
+            for shard in plan.shards
+        ],
+        "companions": [companion.file_name for companion in plan.companions],
+        "warnings": list(plan.warnings),
+    }
