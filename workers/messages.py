@@ -31,7 +31,7 @@ class ShardTask(msgspec.Struct, frozen=True):
         return (self.job_id, self.work.shard.index)
 
 
-class ShardProgress(msgspec.Struct, frozen=True):
+class ShardProgress(msgspec.Struct, frozen=True, tag=True):
     """How far a shard is. Problems go through the stages in file order, so counts say which."""
 
     job_id: str
@@ -45,7 +45,7 @@ class ShardProgress(msgspec.Struct, frozen=True):
     worker: str = ""
 
 
-class ShardStarted(msgspec.Struct, frozen=True):
+class ShardStarted(msgspec.Struct, frozen=True, tag=True):
     """A worker has taken up a shard."""
 
     job_id: str
@@ -55,7 +55,7 @@ class ShardStarted(msgspec.Struct, frozen=True):
     device: str
 
 
-class ShardDone(msgspec.Struct, frozen=True):
+class ShardDone(msgspec.Struct, frozen=True, tag=True):
     """A shard is published."""
 
     job_id: str
@@ -64,7 +64,7 @@ class ShardDone(msgspec.Struct, frozen=True):
     receipt: Receipt
 
 
-class ShardFailed(msgspec.Struct, frozen=True):
+class ShardFailed(msgspec.Struct, frozen=True, tag=True):
     """A shard failed; ``error`` is :meth:`merging.errors.MergeError.to_dict`."""
 
     job_id: str

@@ -12,7 +12,7 @@ takes no part in a layer, where the source divides 0 by 0.
 The early stop regularises: more steps give a smaller loss, and not a better model.
 
 Needs the base model. Separable by output rows given A (I×I). Experts are read one at a time.
-Precision: float32 (float64 if an input is), one rounding at the end.
+Precision: float32 (float64 if the base or the first expert is), one rounding at the end.
 Deterministic: yes, given the plan's row blocks.
 Cost: 4 E O I² flops once and 2 O I² per step, for E experts of O×I.
 """

@@ -10,8 +10,8 @@ so that the result scales with the task vectors; a Cholesky factorisation instea
 pseudo-inverse; an expert equal to the base takes no part in a layer.
 
 Needs the base model. Separable by output rows given A (I×I). Experts are read one at a time.
-Precision: sums in float32 (float64 if an input is), solved in float64 for up to 4096 columns; one
-rounding at the end. Deterministic: yes.
+Precision: sums in float32 (float64 if the base or the first expert is), solved in float64 for up to
+4096 columns; one rounding at the end. Deterministic: yes.
 Cost: 4 E O I² + I³/3 + 2 O I² flops for E experts of O×I.
 """
 

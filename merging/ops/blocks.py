@@ -21,7 +21,7 @@ _CPU_BLOCK = 1 << 17
 """Entries. A handful of float32 buffers of this size stay in cache, and calling an operator costs
 little beside running it; measured best from 2¹⁶ to 2¹⁹."""
 
-_DEVICE_BLOCK = 1 << 22
+_DEVICE_BLOCK = 1 << 20
 """Entries. On an accelerator a block only has to be large beside the launch of a kernel."""
 
 

@@ -27,7 +27,10 @@ def read_task_vectors(
     transposed: bool,
     keep_weighted_total: bool = False,
 ) -> QuadraticProblem:
-    """Sum up the quadratic problem of a layer, one expert at a time, holding on to none."""
+    """Sum up the quadratic problem of a layer, one expert at a time, holding on to none.
+
+    The work dtype is settled by the base and the first expert, before the others are seen.
+    """
     base_matrix = as_matrix(base, transposed=transposed)
     problem: QuadraticProblem | None = None
     for expert in experts:

@@ -119,6 +119,7 @@ def live_api(folder: Path, template: Path, **settings: Any) -> Iterator[LiveApi]
         for client in api.clients.values():
             client.close()
         server.request_stop()
+        server.request_stop()  # the second time no delay is kept
         thread.join(timeout=30)
         store.close()
     assert not thread.is_alive()

@@ -1,0 +1,126 @@
+"""What routes need, as dependencies."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+import anyio
+from fastapi import Depends, Path, Request, Security
+from fastapi.security import HTTPBearer
+
+from merging.storage.base import Storage
+from service.auth import Principal, Scope
+from service.feed import EventFeed
+from service.jobs.store import JobStore
+from service.metrics import Metrics
+from service.problems import RequestError
+from service.settings import Settings
+
+_JOB_ID = re.compile(r"job_[0-9a-z]{26}")
+LABEL_PREFIX = "label."
+"""Of query parameters that filter by label."""
+
+_CONCURRENT_PLANS = 4
+"""Planning reads many headers: it has threads of its own, so that other requests keep theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadinessCheck:
+    """Something that must be well for the service to be ready; ``check`` raises if it is not."""
+
+    name: str
+    check: Callable[[], None]
+    is_required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that routes work with; one per application.
+
+    Attributes:
+        settings: As read at start.
+        store: Jobs, events, tokens.
+        storage: Limited to the storage roots.
+        clock: The time now, in UTC.
+        feed: Wakes event streams.
+        metrics: Counters.
+        checks: For ``/readyz``.
+        stopping: Set when the server is asked to end.
+        planning: Bounds plans that are made at once.
+    """
+
+    settings: Settings
+    store: JobStore
+    storage: Storage
+    clock: Callable[[], datetime]
+    feed: EventFeed
+    metrics: Metrics
+    checks: Sequence[ReadinessCheck]
+    stopping: threading.Event
+    planning: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_CONCURRENT_PLANS)
+    )
+
+    def href(self, path: str) -> str:
+        """An address of this service as clients see it."""
+        return f"{self.settings.root_path}{path}"
+
+
+async def _services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+async def _principal(request: Request) -> Principal:
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal
+
+
+async def _job_id(job_id: Annotated[str, Path(description="Id of a job.")]) -> str:
+    if not _JOB_ID.fullmatch(job_id):
+        raise RequestError(f"There is no job {job_id[:100]}.", code="not_found")
+    return job_id
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+PrincipalDep = Annotated[Principal, Depends(_principal)]
+JobId = Annotated[str, Depends(_job_id)]
+
+_BEARER = HTTPBearer(auto_error=False, description="An API token.")
+
+
+async def _refuse_unknown_parameters(request: Request) -> None:
+    """A misspelt filter must not be ignored; the OpenAPI document says what there is."""
+    paths = request.app.openapi()["paths"]
+    operation = paths[request.scope["route"].path][request.method.lower()]
+    known = [item["name"] for item in operation.get("parameters", ()) if item["in"] == "query"]
+    for name in request.query_params:
+        if name in known or name.startswith(LABEL_PREFIX):
+            continue
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+        raise RequestError(f"Unknown parameter {name[:100]!r}. {hint}", code="unknown_field")
+
+
+def guarded(scope: Scope | None) -> dict[str, Any]:
+    """Arguments of a route that only tokens with this scope may use; None is any valid token.
+
+    The scope is shown in the OpenAPI document as ``x-required-scope``.
+    """
+
+    async def check(principal: PrincipalDep) -> None:
+        if scope is not None:
+            principal.require(scope)
+
+    return {
+        "dependencies": [Security(_BEARER), Depends(check), Depends(_refuse_unknown_parameters)],
+        "openapi_extra": {"x-required-scope": scope.value if scope else None},
+    }

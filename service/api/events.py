@@ -1,0 +1,119 @@
+"""A job's events: live as server-sent events, or as pages of JSON."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from typing import Annotated
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.concurrency import run_in_threadpool
+
+from service.api.deps import JobId, Services, ServicesDep, guarded
+from service.api.objects import EventObject, Page
+from service.api.views import event_object
+from service.auth import Scope
+from service.jobs.errors import StoreUnavailableError
+from service.jobs.records import EventType
+from service.problems import RequestError
+
+router = APIRouter(prefix="/v1/jobs", tags=["events"])
+
+HEARTBEAT_SECONDS = 15.0
+"""Silence after which a comment is sent, so that proxies keep the connection."""
+
+_STREAM_PAGE = 500
+_RETRY_MILLISECONDS = (1500, 2500)
+"""Clients reconnect after a time between these, so that a restart does not meet all at once."""
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def _position(
+    last_event_id: Annotated[
+        str | None, Header(description="Number of the last event seen; resumes a stream.")
+    ] = None,
+    after: Annotated[
+        int | None, Query(ge=0, description="The same, for clients that cannot set headers.")
+    ] = None,
+) -> int | None:
+    """Read as text: a browser repeats whatever id it saw, and must get a problem it can show."""
+    if not last_event_id:
+        return after
+    if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 16):
+        raise RequestError("Last-Event-ID is the number of an event.")
+    return int(last_event_id)
+
+
+@router.get(
+    "/{job_id}/events",
+    operation_id="jobs.events",
+    response_model=Page[EventObject],
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "The stream has been seen to its end; do not come back"},
+    },
+    **guarded(Scope.JOBS_READ),
+)
+async def list_events(
+    job_id: JobId,
+    request: Request,
+    services: ServicesDep,
+    position: Annotated[int | None, Depends(_position)],
+    limit: Annotated[int, Query(ge=1, le=1000, description="Of a page of JSON.")] = 100,
+) -> Response | Page[EventObject]:
+    """Events of a job in order: a stream with ``Accept: text/event-stream``, else a page.
+
+    The stream ends after ``job.finished``. Whoever resumes there gets 204.
+    """
+    job = await run_in_threadpool(services.store.get, job_id)
+    if position is not None and position > job.event_seq:
+        raise RequestError(f"Job {job_id} has had {job.event_seq} events; resume at one of them.")
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        return await _page(services, job_id, position or 0, limit)
+    if job.is_terminal and position == job.event_seq:
+        return Response(status_code=204)
+    return EventSourceResponse(_stream(services, job_id, position or 0), headers=_STREAM_HEADERS)
+
+
+async def _page(services: Services, job_id: str, after: int, limit: int) -> Page[EventObject]:
+    found = await run_in_threadpool(services.store.events, job_id, after=after, limit=limit + 1)
+    data = [event_object(event) for event in found[:limit]]
+    if len(found) <= limit:
+        return Page(data=data)
+    last = str(data[-1].seq)
+    parameters = urlencode({"after": last, "limit": limit})
+    next_url = services.href(f"/v1/jobs/{job_id}/events?{parameters}")
+    return Page(data=data, next_cursor=last, next_url=next_url)
+
+
+async def _stream(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:
+    """Watch first, then read the table from ``after`` on, again whenever there is news.
+
+    Every event comes from the table, so none can fall between what is old and what is live.
+    """
+    position, is_finished = after, False
+    retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - spreads load, protects nothing
+    yield format_sse_event(retry=retry)
+    async with services.feed.watch(job_id) as watch:
+        while True:
+            try:
+                page = await run_in_threadpool(
+                    services.store.events, job_id, after=position, limit=_STREAM_PAGE
+                )
+            except StoreUnavailableError:  # too late for a problem; the client resumes
+                yield format_sse_event(comment="the job store does not answer")
+                return
+            for event in page:
+                data = event_object(event).model_dump_json()
+                yield format_sse_event(data_str=data, event=event.type, id=str(event.seq))
+                position = event.seq
+                is_finished = event.type == EventType.JOB_FINISHED
+            if page:
+                continue
+            if is_finished or watch.is_over:
+                return
+            if not await watch.wait(position, HEARTBEAT_SECONDS):
+                yield format_sse_event(comment="still here")

@@ -1,0 +1,82 @@
+"""Changing jobs: cancel, retry, labels and priority, forgetting."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from service.api.deps import JobId, ServicesDep, guarded
+from service.api.jobs import show_job
+from service.api.objects import JobDetail
+from service.api.schemas import CancelRequest, JobPatch
+from service.auth import Scope
+from service.jobs.errors import RevisionMismatchError
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_ETAG = re.compile(r'"(\d{1,18})"')
+
+IfMatch = Annotated[str | None, Header(description="ETag of the job as it was read.")]
+
+
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="jobs.cancel",
+    status_code=202,
+    responses={200: {"description": "It was asked for already", "model": JobDetail}},
+    **guarded(Scope.JOBS_WRITE),
+)
+def cancel_job(
+    job_id: JobId, services: ServicesDep, response: Response, body: CancelRequest | None = None
+) -> JobDetail:
+    """Stop a job. ``orderly`` lets workers tidy up, ``now`` ends their processes."""
+    before = services.store.get(job_id)
+    job = services.store.request_cancel(job_id, (body or CancelRequest()).mode)
+    if job.cancel_requested == before.cancel_requested:
+        response.status_code = 200
+    return show_job(services, job, response)
+
+
+@router.post(
+    "/{job_id}/retry", operation_id="jobs.retry", status_code=202, **guarded(Scope.JOBS_WRITE)
+)
+def retry_job(job_id: JobId, services: ServicesDep, response: Response) -> JobDetail:
+    """Queue a failed job again as its next attempt; finished shards are reused."""
+    return show_job(services, services.store.retry(job_id), response)
+
+
+@router.patch("/{job_id}", operation_id="jobs.update", **guarded(Scope.JOBS_WRITE))
+def update_job(
+    job_id: JobId,
+    body: JobPatch,
+    services: ServicesDep,
+    response: Response,
+    if_match: IfMatch = None,
+) -> JobDetail:
+    """Replace the labels, or change the priority of a queued job."""
+    job = services.store.patch(
+        job_id,
+        labels=body.labels,
+        priority=body.priority,
+        if_revision=_revision(if_match),
+    )
+    return show_job(services, job, response)
+
+
+@router.delete(
+    "/{job_id}", operation_id="jobs.delete", status_code=204, **guarded(Scope.JOBS_WRITE)
+)
+def delete_job(job_id: JobId, services: ServicesDep) -> None:
+    """Forget a job that has ended. Its output stays where it is."""
+    services.store.delete(job_id)
+
+
+def _revision(if_match: str | None) -> int | None:
+    if if_match is None or if_match.strip() == "*":
+        return None
+    match = _ETAG.fullmatch(if_match.strip())
+    if match is None:
+        raise RevisionMismatchError("If-Match is not an ETag that this service gave.")
+    return int(match.group(1))

@@ -1,0 +1,173 @@
+"""Jobs: submitting, listing and reading them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Query, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from starlette.concurrency import run_in_threadpool
+
+from merging.options import MergeOptions
+from service.api.deps import LABEL_PREFIX, JobId, PrincipalDep, Services, ServicesDep, guarded
+from service.api.idempotency import IdempotencyKey, idempotency_request
+from service.api.objects import JobCounts, JobDetail, JobObject, Page
+from service.api.pagination import decode_cursor, encode_cursor
+from service.api.schemas import JobSubmission, Resubmission
+from service.api.submission import submit
+from service.api.views import etag, job_detail, job_object
+from service.auth import Scope
+from service.jobs.records import JobCursor, JobFilter, JobRecord
+from service.jobs.states import JobState
+from service.problems import RequestError
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_WORD = r"^[A-Za-z0-9_.-]{1,64}$"
+
+
+class JobQuery(BaseModel):
+    """Filters of the list. What else comes is ``label.<name>=<value>``, any number of times."""
+
+    model_config = ConfigDict(extra="allow")
+
+    limit: int = Field(default=20, ge=1, le=100)
+    cursor: str | None = Field(default=None, description="Of the page before; keeps its filters.")
+    state: list[JobState] = Field(default=[], max_length=len(JobState))
+    method: str | None = Field(default=None, pattern=_WORD)
+    initiator: str | None = Field(default=None, pattern=_WORD)
+    created_after: AwareDatetime | None = None
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        for name, value in self.labels.items():
+            if not name or not isinstance(value, str) or "\x00" in name + value:
+                raise ValueError("give each label.<name> once, as plain text")
+        return self
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The labels to be matched."""
+        extra = self.model_extra or {}
+        return {name.removeprefix(LABEL_PREFIX): value for name, value in extra.items()}
+
+    def job_filter(self) -> JobFilter:
+        """The filters as the store takes them."""
+        return JobFilter(
+            states=tuple(self.state),
+            labels=self.labels,
+            method=self.method,
+            created_after=self.created_after,
+            initiator=self.initiator,
+        )
+
+
+def show_job(services: Services, job: JobRecord, response: Response) -> JobDetail:
+    """A job as an answer, with its entity tag."""
+    response.headers["ETag"] = etag(job)
+    return job_detail(job, services.href(f"/jobs/{job.id}"))
+
+
+@router.post(
+    "",
+    operation_id="jobs.create",
+    status_code=201,
+    responses={200: {"description": "The key's first job", "model": JobDetail}},
+    **guarded(Scope.JOBS_WRITE),
+)
+async def create_job(
+    body: JobSubmission,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    key: IdempotencyKey,
+    response: Response,
+) -> JobDetail:
+    """Submit a merge. Recipe, inputs and output are checked in full, from headers alone."""
+    request = idempotency_request(key, principal, "/v1/jobs", body.model_dump(mode="json"))
+    job, is_new = await submit(services, principal, body, idempotency=request)
+    return _show_submitted(services, job, response, is_new=is_new)
+
+
+@router.post(
+    "/{job_id}/resubmit",
+    operation_id="jobs.resubmit",
+    status_code=201,
+    responses={200: {"description": "The key's first job", "model": JobDetail}},
+    **guarded(Scope.JOBS_WRITE),
+)
+async def resubmit_job(
+    job_id: JobId,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    key: IdempotencyKey,
+    response: Response,
+    body: Resubmission | None = None,
+) -> JobDetail:
+    """Submit a new job with the recipe, options, labels and metadata of this one."""
+    body = body or Resubmission()
+    path = f"/v1/jobs/{job_id}/resubmit"
+    request = idempotency_request(key, principal, path, body.model_dump(mode="json"))
+    old = await run_in_threadpool(services.store.get, job_id)
+    submission = JobSubmission(
+        recipe=old.recipe_source,
+        output_uri=body.output_uri or old.output_uri,
+        options=body.options or MergeOptions(**old.options),
+        labels=old.labels,
+        metadata=old.metadata,
+        priority=old.priority,
+        deadline_seconds=old.deadline_seconds,
+    )
+    job, is_new = await submit(
+        services, principal, submission, idempotency=request, resubmitted_from=job_id
+    )
+    return _show_submitted(services, job, response, is_new=is_new)
+
+
+def _show_submitted(
+    services: Services, job: JobRecord, response: Response, *, is_new: bool
+) -> JobDetail:
+    response.headers["Location"] = services.href(f"/v1/jobs/{job.id}")
+    if not is_new:
+        response.status_code = 200
+        response.headers["Idempotency-Replayed"] = "true"
+    return show_job(services, job, response)
+
+
+@router.get("", operation_id="jobs.list", **guarded(Scope.JOBS_READ))
+def list_jobs(
+    query: Annotated[JobQuery, Query()], services: ServicesDep, response: Response
+) -> Page[JobObject]:
+    """Jobs, newest first. Follow ``next_url`` for more."""
+    job_filter, cursor = query.job_filter(), None
+    if query.cursor is not None:
+        cursor, first_filter = decode_cursor(query.cursor)
+        if job_filter not in (JobFilter(), first_filter):
+            raise RequestError(
+                "The cursor belongs to a list with other filters; leave the filters out.",
+                code="bad_cursor",
+            )
+        job_filter = first_filter
+    found = services.store.list_jobs(job_filter, cursor=cursor, limit=query.limit + 1)
+    page = found[: query.limit]
+    data = [job_object(job, services.href(f"/jobs/{job.id}")) for job in page]
+    if len(found) <= query.limit:
+        return Page(data=data)
+    last = JobCursor(page[-1].created_at, page[-1].id)
+    next_cursor = encode_cursor(last, job_filter)
+    parameters = urlencode({"cursor": next_cursor, "limit": query.limit})
+    next_url = services.href(f"/v1/jobs?{parameters}")
+    response.headers["Link"] = f'<{next_url}>; rel="next"'
+    return Page(data=data, next_cursor=next_cursor, next_url=next_url)
+
+
+@router.get("/counts", operation_id="jobs.counts", **guarded(Scope.JOBS_READ))
+def count_jobs(services: ServicesDep) -> JobCounts:
+    """Number of jobs in each state."""
+    return JobCounts(counts=services.store.counts())
+
+
+@router.get("/{job_id}", operation_id="jobs.get", **guarded(Scope.JOBS_READ))
+def read_job(job_id: JobId, services: ServicesDep, response: Response) -> JobDetail:
+    """One job."""
+    return show_job(services, services.store.get(job_id), response)

@@ -1,0 +1,27 @@
+"""Making a plan on behalf of a request."""
+
+from __future__ import annotations
+
+import anyio.to_thread
+
+from merging.plan.plan import Plan
+from merging.plan.planner import make_plan
+from merging.recipe import parse_recipe
+from service.api.deps import Services
+from service.api.schemas import PlanRequest
+
+
+async def plan_merge(services: Services, request: PlanRequest) -> Plan:
+    """Check a recipe in full and plan it; reads headers only, writes nothing.
+
+    Raises:
+        MergeError: Everything that is wrong with the recipe, its inputs or its output. Pointers
+            are into the recipe.
+    """
+
+    def plan() -> Plan:
+        recipe = parse_recipe(request.recipe)
+        output_uri = services.storage.normalise(request.output_uri)
+        return make_plan(recipe, services.storage, request.options, output_uri)
+
+    return await anyio.to_thread.run_sync(plan, limiter=services.planning)

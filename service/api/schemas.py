@@ -1,0 +1,103 @@
+"""Bodies of requests. Unknown fields are refused: a typo must not be ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from merging.options import MergeOptions
+from service.auth import Scope
+from service.jobs.records import CancelMode
+
+
+def _document(value: object) -> object:
+    if isinstance(value, str | dict):
+        return value
+    raise ValueError("should be the recipe: YAML or JSON text, or an object")
+
+
+RecipeField = Annotated[
+    str | dict[str, Any],
+    BeforeValidator(_document),
+    Field(description="The recipe: YAML or JSON text, or an object."),
+]
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$")]
+LabelValue = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=255)]
+Labels = Annotated[
+    dict[Label, LabelValue],
+    Field(max_length=32, description="For finding jobs: ?label.team=vision."),
+]
+MetadataValue = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=4096)]
+Metadata = Annotated[
+    dict[Label, MetadataValue], Field(max_length=32, description="Notes of your own.")
+]
+Priority = Annotated[int, Field(ge=-100, le=100, description="Higher is run first.")]
+OutputUri = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2048, pattern=_NO_CONTROLS),
+    Field(description="Where the merged checkpoint goes: a folder, file:// or s3:// address."),
+]
+
+
+class Request(BaseModel):
+    """Base of request bodies."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class RecipeDocument(Request):
+    """A recipe to be checked."""
+
+    recipe: RecipeField
+
+
+class PlanRequest(Request):
+    """A merge to be planned."""
+
+    recipe: RecipeField
+    output_uri: OutputUri
+    options: MergeOptions = MergeOptions()
+
+
+class JobSubmission(PlanRequest):
+    """A merge to be run."""
+
+    type: Literal["merge"] = "merge"
+    labels: Labels = {}
+    metadata: Metadata = {}
+    priority: Priority = 0
+    deadline_seconds: float | None = Field(
+        default=None, gt=0, le=31_536_000, description="Fail the job if it takes longer."
+    )
+
+
+class Resubmission(Request):
+    """What a job made from another one's recipe does differently."""
+
+    output_uri: OutputUri | None = None
+    options: MergeOptions | None = None
+
+
+class JobPatch(Request):
+    """What can be changed in a job; what is absent stays."""
+
+    labels: Labels | None = None
+    priority: Priority | None = None
+
+
+class CancelRequest(Request):
+    """How to stop a job."""
+
+    mode: CancelMode = Field(
+        default="orderly", description="'now' ends worker processes instead of waiting for them."
+    )
+
+
+class TokenRequest(Request):
+    """A token to be made."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
+    scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))
+    expires_at: AwareDatetime | None = None

@@ -1,0 +1,35 @@
+"""API tokens."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service.api.deps import ServicesDep, guarded
+from service.api.objects import NewToken, Page, TokenObject
+from service.api.schemas import TokenRequest
+from service.api.views import token_object
+from service.auth import Scope
+
+router = APIRouter(prefix="/v1/tokens", tags=["tokens"])
+
+
+@router.post("", operation_id="tokens.create", status_code=201, **guarded(Scope.ADMIN))
+def create_token(body: TokenRequest, services: ServicesDep, response: Response) -> NewToken:
+    """Make a token. Its secret is in this answer and nowhere else."""
+    token, secret = services.store.create_token(
+        body.name, [scope.value for scope in body.scopes], expires_at=body.expires_at
+    )
+    response.headers["Location"] = services.href(f"/v1/tokens/{token.id}")
+    return NewToken(**token_object(token).model_dump(), secret=secret)
+
+
+@router.get("", operation_id="tokens.list", **guarded(Scope.ADMIN))
+def list_tokens(services: ServicesDep) -> Page[TokenObject]:
+    """All tokens, newest first; recognise them by their prefix."""
+    return Page(data=[token_object(token) for token in services.store.list_tokens()])
+
+
+@router.delete("/{token_id}", operation_id="tokens.revoke", **guarded(Scope.ADMIN))
+def revoke_token(token_id: str, services: ServicesDep) -> TokenObject:
+    """Make a token useless from now on. May be repeated."""
+    return token_object(services.store.revoke_token(token_id))

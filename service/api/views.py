@@ -1,0 +1,58 @@
+"""From what the store gives to what the API shows."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from service.api.objects import EventObject, JobDetail, JobObject, ShardObject, TokenObject
+from service.jobs.records import EventRecord, JobRecord, ShardRecord, TokenRecord
+
+
+def etag(job: JobRecord) -> str:
+    """The entity tag of a job: changes with everything that can be seen of it."""
+    return f'"{job.revision}"'
+
+
+def job_object(job: JobRecord, url: str) -> JobObject:
+    """A job as lists show it; ``url`` is its page."""
+    return JobObject.model_validate(_job_members(job, url))
+
+
+def job_detail(job: JobRecord, url: str) -> JobDetail:
+    """A job in full."""
+    return JobDetail.model_validate(_job_members(job, url))
+
+
+def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
+    return {
+        **_members(job),
+        "is_terminal": job.is_terminal,
+        "phase": job.phase,
+        "seed": job.options.get("seed", 0),
+        "url": url,
+        "etag": etag(job),
+    }
+
+
+def shard_object(shard: ShardRecord) -> ShardObject:
+    """A shard."""
+    return ShardObject.model_validate(_members(shard))
+
+
+def event_object(event: EventRecord) -> EventObject:
+    """An event; the same in streams and pages."""
+    return EventObject.model_validate(_members(event))
+
+
+def token_object(token: TokenRecord) -> TokenObject:
+    """A token."""
+    return TokenObject.model_validate(_members(token))
+
+
+def _members(record: msgspec.Struct) -> dict[str, Any]:
+    members = msgspec.to_builtins(record, builtin_types=(datetime,))
+    assert isinstance(members, dict)
+    return members

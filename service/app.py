@@ -1,0 +1,121 @@
+"""The application: routes, middleware and error handlers, wired to what it is given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+
+from merging.storage.base import Storage
+from service.api import events, health, job_actions, jobs, methods, outcomes, plans, recipes, tokens
+from service.api.deps import ReadinessCheck, Services
+from service.api.errors import install_error_handlers
+from service.api.objects import Problem
+from service.auth import Authenticator
+from service.feed import POLL_SECONDS, EventFeed
+from service.jobs.store import JobStore
+from service.metrics import Metrics
+from service.middleware import Authentication, BodyRules, RequestContext
+from service.problems import PROBLEM_JSON
+from service.settings import Settings
+
+_COMPRESS_FROM_BYTES = 1024
+_ROUTERS = (health, methods, recipes, plans, jobs, job_actions, outcomes, events, tokens)
+
+
+def utc_now() -> datetime:
+    """The time now."""
+    return datetime.now(UTC)
+
+
+def create_app(
+    settings: Settings,
+    store: JobStore,
+    *,
+    storage: Storage,
+    clock: Callable[[], datetime] = utc_now,
+    checks: Sequence[ReadinessCheck] = (),
+    stopping: threading.Event | None = None,
+    poll_seconds: float = POLL_SECONDS,
+) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        settings: As read at start.
+        store: Where jobs, events and tokens are.
+        storage: Limited to the storage roots.
+        clock: The time now, in UTC.
+        checks: What must be well for ``/readyz``, besides the job store.
+        stopping: Set by whoever ends the server; event streams end soon after.
+        poll_seconds: How often the store is asked for events of watched jobs.
+    """
+    version = metadata.version("mergeyard")
+    services = Services(
+        settings=settings,
+        store=store,
+        storage=storage,
+        clock=clock,
+        feed=EventFeed(store, poll_seconds=poll_seconds),
+        metrics=Metrics(version),
+        checks=(ReadinessCheck("database", store.ping), *checks),
+        stopping=stopping or threading.Event(),
+    )
+    app = _Application(
+        title="Mergeyard",
+        summary="Merges fine-tuned large language models.",
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"default": {"model": Problem, "description": "A problem (RFC 9457)"}},
+        middleware=_middleware(services, version),
+        lifespan=_lifespan,
+    )
+    app.state.services = services
+    install_error_handlers(app)
+    for module in _ROUTERS:
+        app.include_router(module.router)
+    return app
+
+
+def _middleware(services: Services, version: str) -> list[Middleware]:
+    """From the outside in."""
+    authenticator = Authenticator(services.store, services.clock)
+    return [
+        Middleware(
+            RequestContext,
+            version=version,
+            root_path=services.settings.root_path,
+            on_request=services.metrics.count_request,
+        ),
+        Middleware(Authentication, authenticator=authenticator),
+        Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),
+        Middleware(GZipMiddleware, minimum_size=_COMPRESS_FROM_BYTES),
+    ]
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.openapi()  # now, rather than while the first request waits
+    yield
+    app.state.services.feed.close()
+
+
+class _Application(FastAPI):
+    """FastAPI, whose OpenAPI document gives problems their own media type."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document; made once."""
+        if self.openapi_schema is None:
+            for path in super().openapi()["paths"].values():
+                for operation in path.values():
+                    content = operation["responses"]["default"]["content"]
+                    content[PROBLEM_JSON] = content.pop(next(iter(content)))
+        return super().openapi()

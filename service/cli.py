@@ -1,0 +1,319 @@
+"""The command line: client of the service, and merges in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from merging.errors import MergeError
+
+if TYPE_CHECKING:
+    from merging.options import MergeOptions
+    from merging.plan.plan import Plan
+    from service.client import Client
+
+app = typer.Typer(
+    name="mergeyard",
+    help="Merge fine-tuned language models: on this machine, or as a service on a cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file (YAML or JSON); - for stdin.")]
+OutputOption = Annotated[str, typer.Option("--output", "-o", help="Folder, file:// or s3:// URI.")]
+UrlOption = Annotated[
+    str, typer.Option(envvar="MERGEYARD_URL", help="Address of the service.", show_default=True)
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(help="File with the bearer token; MERGEYARD_TOKEN has precedence."),
+]
+ShardSizeOption = Annotated[str, typer.Option(help="Largest output file, as in 5GB.")]
+BudgetOption = Annotated[str, typer.Option(help="Host memory for tensor buffers, as in 4GiB.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of random methods.")]
+ThreadsOption = Annotated[int, typer.Option(help="Torch threads per shard.")]
+OverwriteOption = Annotated[bool, typer.Option(help="Replace a checkpoint at the output.")]
+FiniteOption = Annotated[bool, typer.Option(help="Fail on NaN or infinity in an input.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main() -> NoReturn:
+    """Entry point: one clear line on bad input, never a trace."""
+    from service.client import ApiError
+
+    try:
+        app()
+    except MergeError as error:
+        _fail(error.detail, [fault.to_dict() for fault in error.faults])
+    except ApiError as error:
+        _fail(str(error), error.problem.get("errors") or [])
+    except KeyboardInterrupt:
+        _fail("interrupted", [], status=130)
+    except BrokenPipeError:
+        os._exit(141)
+    sys.exit(0)
+
+
+def _fail(detail: str, faults: list[dict[str, Any]], status: int = 1) -> NoReturn:
+    print(f"error: {detail}", file=sys.stderr)
+    for fault in faults:
+        where = f"{fault['pointer']}: " if fault.get("pointer") else ""
+        print(f"  - {where}{fault.get('detail', '')}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _read_recipe(path: str) -> str:
+    from merging.errors import RecipeError
+
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"The recipe {path} is not UTF-8 text.") from error
+
+
+def _options(**values: Any) -> MergeOptions:
+    from pydantic import ValidationError
+
+    from merging.errors import Fault, RecipeError
+    from merging.options import MergeOptions
+
+    try:
+        return MergeOptions(**values)
+    except ValidationError as error:
+        faults = [
+            Fault(f"--{item['loc'][0]}".replace("_", "-"), "bad_parameter", str(item["msg"]))
+            for item in error.errors()
+        ]
+        raise RecipeError(
+            f"{len(faults)} option(s) cannot be used.", code="bad_parameter", faults=faults
+        ) from error
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument,
+    output: OutputOption,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
+    memory_budget: BudgetOption = "4GiB",
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 1,
+    overwrite: OverwriteOption = False,
+    check_finite: FiniteOption = True,
+) -> None:
+    """Merge in this process, without a service or a cluster."""
+    from merging.local_run import run_plan
+    from merging.storage.router import open_storage
+    from service.console import plan_progress
+    from workers.accelerator import choose_device
+
+    options = _options(
+        max_shard_size=max_shard_size,
+        memory_budget=memory_budget,
+        seed=seed,
+        threads=threads,
+        overwrite=overwrite,
+        check_finite=check_finite,
+    )
+    storage = open_storage()
+    plan = _make_plan(recipe, output, options)
+    chosen = choose_device(device)
+    with plan_progress(plan) as on_progress:
+        report = run_plan(plan, storage, device=chosen, on_progress=on_progress)
+    result = report["output"]
+    print(f"{result['uri']}  {result['bytes']} bytes in {len(result['files'])} files")
+    print(result["digest"])
+
+
+def _make_plan(recipe: str, output: str, options: MergeOptions) -> Plan:
+    from merging.plan.planner import make_plan
+    from merging.recipe import parse_recipe
+    from merging.storage.router import open_storage
+
+    return make_plan(parse_recipe(_read_recipe(recipe)), open_storage(), options, output)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    output: OutputOption,
+    max_shard_size: ShardSizeOption = "5GB",
+    memory_budget: BudgetOption = "4GiB",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a merge would read, compute and write; reads headers only."""
+    from merging.plan.summary import plan_summary
+    from service.console import print_plan
+
+    options = _options(max_shard_size=max_shard_size, memory_budget=memory_budget)
+    summary = plan_summary(_make_plan(recipe, output, options))
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print_plan(summary)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method in full.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the merge methods, or describe one."""
+    from merging.method import all_methods, get_method
+    from service.console import print_method, print_methods
+
+    if as_json:
+        found = [get_method(name)] if name else list(all_methods().values())
+        print(json.dumps([method.describe() for method in found], indent=2))
+    elif name:
+        print_method(get_method(name))
+    else:
+        print_methods(list(all_methods().values()))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port [default: 8000].")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the service keeps its own.")] = None,
+    storage_root: Annotated[
+        list[str] | None,
+        typer.Option(help="Prefix that jobs may read and write; repeatable."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join instead of starting a local one.")
+    ] = None,
+) -> None:
+    """Run the service. Every setting can also be given as MERGEYARD_… in the environment."""
+    from service.main import serve as run
+    from service.settings import load_settings
+
+    given = {
+        "host": host,
+        "port": port,
+        "data_dir": data_dir,
+        "storage_roots": storage_root or None,
+        "ray_address": ray_address,
+    }
+    run(load_settings(**{key: value for key, value in given.items() if value is not None}))
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    output: OutputOption,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    max_shard_size: ShardSizeOption = "5GB",
+    memory_budget: BudgetOption = "4GiB",
+    seed: SeedOption = 0,
+    overwrite: OverwriteOption = False,
+    label: Annotated[list[str] | None, typer.Option(help="key=value; repeatable.")] = None,
+    watch_it: Annotated[bool, typer.Option("--watch", help="Stay and show progress.")] = False,
+) -> None:
+    """Submit a merge to the service; prints the job's id."""
+    options = {
+        "max_shard_size": max_shard_size,
+        "memory_budget": memory_budget,
+        "seed": seed,
+        "overwrite": overwrite,
+    }
+    with _client(url, token_file) as client:
+        job = client.submit(_read_recipe(recipe), output, options=options, labels=_labels(label))
+        print(job["id"])
+        if watch_it:
+            _watch(client, job["id"])
+
+
+@app.command()
+def jobs(
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List jobs, newest first."""
+    from service.console import print_jobs
+
+    with _client(url, token_file) as client:
+        found = client.jobs(limit=limit, state=state)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_jobs(found)
+
+
+@app.command()
+def watch(job_id: str, url: UrlOption = DEFAULT_URL, token_file: TokenOption = None) -> None:
+    """Follow a job until it ends; the exit status says how it ended."""
+    with _client(url, token_file) as client:
+        _watch(client, job_id)
+
+
+@app.command()
+def cancel(
+    job_id: str,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    now: Annotated[bool, typer.Option("--now", help="End worker processes at once.")] = False,
+) -> None:
+    """Cancel a job."""
+    with _client(url, token_file) as client:
+        job = client.cancel(job_id, mode="now" if now else "orderly")
+    print(f"{job['id']} {job['state']}")
+
+
+def _watch(client: Client, job_id: str) -> None:
+    from service.console import follow_job
+
+    job = follow_job(client, job_id)
+    if job["state"] == "succeeded":
+        print(f"succeeded  {(job['output'] or {}).get('uri', '')}")
+        return
+    error = job.get("error") or {}
+    _fail(f"job {job['state']}: {error.get('detail', '')}", error.get("errors") or [])
+
+
+def _labels(pairs: list[str] | None) -> dict[str, str]:
+    labels = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise typer.BadParameter(f"{pair!r} is not key=value", param_hint="--label")
+        labels[key] = value
+    return labels
+
+
+def _client(url: str, token_file: Path | None) -> Client:
+    from service.client import ApiError, Client
+    from service.settings import load_settings
+
+    token = os.environ.get("MERGEYARD_TOKEN", "")
+    path = token_file or load_settings().data_dir / "admin-token"
+    if not token:
+        try:
+            token = path.read_text().strip()
+        except OSError as error:
+            raise ApiError(
+                {
+                    "detail": f"No token: MERGEYARD_TOKEN is not set and {path} cannot be read"
+                    f" ({error.strerror}). Name the token's file with --token-file."
+                }
+            ) from error
+    return Client(url, token)
+
+
+if __name__ == "__main__":
+    main()

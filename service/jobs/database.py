@@ -1,0 +1,86 @@
+"""Connections to SQLite and PostgreSQL, set up so that the store's promises hold on both."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from service.jobs.errors import StoreUnavailableError
+
+_BUSY_SECONDS = 30
+"""How long a writer of SQLite waits for the others; writes take milliseconds."""
+
+# A server that vanished without a word is noticed before a lease (30 s) lapses.
+_POSTGRES = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+
+
+def open_engine(url: str) -> sa.Engine:
+    """An engine for ``sqlite:///path`` or ``postgresql://…``.
+
+    Raises:
+        ValueError: Another database, or SQLite in memory, which threads cannot share.
+    """
+    parsed = sa.make_url(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "postgresql":
+        return sa.create_engine(
+            parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=_POSTGRES
+        )
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise ValueError(
+            f"{parsed.render_as_string()} cannot hold jobs; use sqlite:///path or postgresql://…"
+        )
+    engine = sa.create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def for_writing(engine: sa.Engine) -> sa.Engine:
+    """The same engine, whose transactions take SQLite's write lock at their beginning.
+
+    A transaction that began by reading and then writes fails at once when another one wrote in
+    between; one that waits for the lock first does not.
+    """
+    return engine.execution_options(takes_write_lock=True)
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver begins no transactions of its own
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("takes_write_lock")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def outages_as_unavailable() -> Iterator[None]:
+    """Turn what the driver raises when the database is away or busy into our own error.
+
+    SQLite's driver raises the same class for a wrong statement; that is a fault of ours and passes.
+    """
+    try:
+        yield
+    except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        original = getattr(error, "orig", None)
+        if getattr(original, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+            raise
+        # The driver's text names host and user at most; SQLAlchemy hides the password.
+        reason = str(original or error).strip().splitlines()
+        raise StoreUnavailableError(
+            f"The job database does not answer: {reason[0] if reason else 'no reason given'}."
+        ) from error

@@ -1,0 +1,62 @@
+"""What the job store refuses, and why.
+
+StoreError
+├── NotFoundError              no such job or token
+├── IllegalTransitionError     the job's state does not allow it
+│   └── AlreadyTerminalError   the job has ended
+├── RevisionMismatchError      somebody changed the job since it was read
+├── StaleLeaseError            another runner holds the job, or the claim was released
+├── IdempotencyReusedError     the key was used for another request
+└── StoreUnavailableError      the database cannot be reached or is locked; retryable
+"""
+
+from __future__ import annotations
+
+from merging.errors import MergeError
+
+
+class StoreError(MergeError):
+    """Base of what the job store refuses."""
+
+    default_code = "conflict"
+
+
+class NotFoundError(StoreError):
+    """There is no such job or token."""
+
+    default_code = "not_found"
+
+
+class IllegalTransitionError(StoreError):
+    """The state of the job does not allow what was asked."""
+
+
+class AlreadyTerminalError(IllegalTransitionError):
+    """The job has ended."""
+
+    default_code = "already_terminal"
+
+
+class RevisionMismatchError(StoreError):
+    """The job was changed since it was read."""
+
+    default_code = "etag_mismatch"
+
+
+class StaleLeaseError(StoreError):
+    """The claim no longer holds: stop at once, write nothing."""
+
+    default_code = "stale_lease"
+
+
+class IdempotencyReusedError(StoreError):
+    """The idempotency key was used before, for another request."""
+
+    default_code = "idempotency_key_reused"
+
+
+class StoreUnavailableError(StoreError):
+    """The database cannot be reached, or was busy for too long."""
+
+    default_code = "not_ready"
+    default_retryable = True

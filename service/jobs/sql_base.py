@@ -1,0 +1,116 @@
+"""What all statements of the SQL store share: transactions, and the one way to change a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.jobs.changes import Change
+from service.jobs.database import for_writing, outages_as_unavailable
+from service.jobs.errors import NotFoundError, StaleLeaseError
+from service.jobs.records import Claim, JobRecord
+from service.jobs.rows import to_json, to_record
+from service.jobs.tables import events, jobs
+
+Clock = Callable[[], datetime]
+"""The time now, aware."""
+
+
+class SqlBase:
+    """Engine, clock, and the primitives that keep the store's rules."""
+
+    def __init__(self, engine: sa.Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._writer = for_writing(engine)
+        self._clock = clock
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with outages_as_unavailable(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        """A transaction: committed at the end, rolled back by any error."""
+        with outages_as_unavailable(), self._writer.begin() as connection:
+            yield connection
+
+    def _lock(
+        self, connection: sa.Connection, job_id: str, claim: Claim | None = None
+    ) -> JobRecord:
+        """The job, locked until the transaction ends; with a claim, only if that still holds."""
+        query = sa.select(jobs).where(jobs.c.id == job_id).with_for_update()
+        row = connection.execute(query).one_or_none()
+        if row is None and claim is None:
+            raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
+        if row is None or (claim and not _holds(claim, row)):
+            raise _stale(job_id)
+        return to_record(row, JobRecord)
+
+    def _change(
+        self,
+        connection: sa.Connection,
+        job_id: str,
+        values: Mapping[str, Any],
+        changes: Sequence[Change],
+        *,
+        claim: Claim | None = None,
+        visible: bool = True,
+    ) -> JobRecord:
+        """Change a job and append the events of it; only visible changes make a new revision.
+
+        The event numbers come from the job's own row, which this update locks: hence no gaps and
+        no repeats, however many write. With a claim the update only finds a job that the claim
+        still holds.
+        """
+        update = (
+            sa.update(jobs)
+            .where(jobs.c.id == job_id)
+            .values(
+                **values,
+                event_seq=jobs.c.event_seq + len(changes),
+                revision=jobs.c.revision + int(visible),
+            )
+            .returning(jobs)
+        )
+        if claim is not None:
+            update = update.where(
+                jobs.c.fencing_token == claim.fencing_token, jobs.c.lease_owner == claim.owner
+            )
+        row = connection.execute(update).one_or_none()
+        if row is None:
+            raise _stale(job_id)
+        job = to_record(row, JobRecord)
+        self._append(connection, job, changes)
+        return job
+
+    def _append(self, connection: sa.Connection, job: JobRecord, changes: Sequence[Change]) -> None:
+        first = job.event_seq - len(changes) + 1
+        rows = [
+            {
+                "job_id": job.id,
+                "seq": seq,
+                "type": str(event),
+                "time": self._clock(),
+                "attempt": job.attempt,
+                "data": to_json(data),
+            }
+            for seq, (event, data) in enumerate(changes, first)
+        ]
+        if rows:
+            connection.execute(sa.insert(events), rows)
+
+
+def _holds(claim: Claim, row: sa.Row[Any]) -> bool:
+    return bool(row.fencing_token == claim.fencing_token and row.lease_owner == claim.owner)
+
+
+def _stale(job_id: str) -> StaleLeaseError:
+    return StaleLeaseError(
+        f"The lease of job {job_id} has ended or passed to another runner; this write is refused.",
+        context={"job_id": job_id},
+    )

@@ -1,0 +1,308 @@
+"""Statements of the runner that holds a job; each carries the claim's fencing token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from merging.plan.plan import Plan, Shard
+from service.jobs.changes import Change, begin_phase, end_phase, furthest, state_changed
+from service.jobs.errors import IllegalTransitionError
+from service.jobs.records import (
+    Claim,
+    EventRecord,
+    EventType,
+    JobRecord,
+    Progress,
+    ShardCounts,
+)
+from service.jobs.rows import pack, pack_json, to_json, to_record
+from service.jobs.sql_base import SqlBase
+from service.jobs.states import TERMINAL, JobState, ShardState, is_allowed
+from service.jobs.tables import ACTIVE, documents, jobs, shards
+
+_SHARD_EVENTS = {
+    ShardState.PENDING: EventType.SHARD_RETRIED,
+    ShardState.RUNNING: EventType.SHARD_STARTED,
+    ShardState.SUCCEEDED: EventType.SHARD_FINISHED,
+    ShardState.FAILED: EventType.SHARD_FINISHED,
+}
+
+
+class ClaimedStatements(SqlBase):
+    """The runner's side of the store."""
+
+    def claim(self, owner: str, lease_seconds: float) -> Claim | None:
+        """See :meth:`service.jobs.store.ClaimedJobs.claim`."""
+        try:
+            with self._write() as connection:
+                row = connection.execute(_claimable(self._clock())).one_or_none()
+                if row is None:
+                    return None
+                job = self._take(connection, to_record(row, JobRecord), owner, lease_seconds)
+        except sa.exc.IntegrityError:
+            # Another runner claimed a job with the same output in this instant: the index that
+            # allows one of them refused ours.
+            return None
+        return Claim(job, owner, job.fencing_token)
+
+    def _take(
+        self, connection: sa.Connection, job: JobRecord, owner: str, lease_seconds: float
+    ) -> JobRecord:
+        now = self._clock()
+        lapsed = job.lease_owner is not None
+        values: dict[str, Any] = {
+            "lease_owner": owner,
+            "lease_expires_at": now + timedelta(seconds=lease_seconds),
+            "fencing_token": job.fencing_token + 1,
+            "takeovers": job.takeovers + 1 if lapsed else job.takeovers,
+        }
+        changes: list[Change] = []
+        if job.state == JobState.QUEUED:
+            values |= {
+                "state": str(JobState.PLANNING),
+                "previous_state": jobs.c.state,
+                "started_at": now,
+            }
+            changes.append(state_changed(job, JobState.PLANNING))
+        if lapsed:
+            detail = "The runner of this job stopped answering; another one continues it."
+            changes.append((EventType.JOB_WARNING, {"code": "runner_lost", "detail": detail}))
+        return self._change(connection, job.id, values, changes)
+
+    def renew(self, claim: Claim, lease_seconds: float) -> JobRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.renew`."""
+        expires_at = self._clock() + timedelta(seconds=lease_seconds)
+        with self._write() as connection:
+            values = {"lease_expires_at": expires_at}
+            return self._change(connection, claim.job_id, values, [], claim=claim, visible=False)
+
+    def release(self, claim: Claim) -> None:
+        """See :meth:`service.jobs.store.ClaimedJobs.release`."""
+        values = {"lease_owner": None, "lease_expires_at": None}
+        with self._write() as connection:
+            self._change(connection, claim.job_id, values, [], claim=claim, visible=False)
+
+    def transition(
+        self,
+        claim: Claim,
+        state: JobState,
+        *,
+        error: Mapping[str, Any] | None = None,
+        output: Mapping[str, Any] | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> JobRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.transition`."""
+        with self._write() as connection:
+            job = self._lock(connection, claim.job_id, claim)
+            if not is_allowed(job.state, state):
+                raise IllegalTransitionError(
+                    f"Job {job.id} is {job.state} and cannot become {state}.",
+                    context={"job_id": job.id, "state": str(job.state)},
+                )
+            values: dict[str, Any] = {
+                "state": str(state),
+                "previous_state": jobs.c.state,
+                "takeovers": 0,
+            }
+            changes = [state_changed(job, state)]
+            if state in TERMINAL:
+                now = self._clock()
+                values |= {
+                    "finished_at": now,
+                    "estimated_finish_at": None,
+                    "lease_owner": None,
+                    "lease_expires_at": None,
+                    "phases": to_json(end_phase(job.phases, now)),
+                    "error": error,
+                    "output": output,
+                }
+                if output is not None:
+                    changes.insert(0, (EventType.JOB_OUTPUT_COMMITTED, {"output": output}))
+                changes.append((EventType.JOB_FINISHED, {"state": str(state), "error": error}))
+            job = self._change(connection, job.id, values, changes, claim=claim)
+            if job.is_terminal:
+                _stop_shards(connection, job.id)
+            if report is not None:
+                _keep_document(connection, job.id, "report", pack_json(report))
+            return job
+
+    def set_phase(self, claim: Claim, name: str, message: str = "") -> JobRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.set_phase`."""
+        with self._write() as connection:
+            job = self._lock(connection, claim.job_id, claim)
+            if job.phase == name:
+                return job
+            values = {"phases": to_json(begin_phase(job.phases, name, message, self._clock()))}
+            change = (EventType.JOB_PHASE_CHANGED, {"name": name, "message": message})
+            return self._change(connection, job.id, values, [change], claim=claim)
+
+    def save_plan(self, claim: Claim, plan: Plan) -> JobRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.save_plan`."""
+        values = {
+            "plan_digest": plan.digest,
+            "inputs": to_json(plan.inputs),
+            "warnings": to_json(plan.warnings),
+            "progress": to_json(
+                Progress(
+                    shards_total=len(plan.shards),
+                    bytes_total=plan.totals.bytes_read + plan.totals.bytes_written,
+                    tensors_total=plan.totals.tensors,
+                )
+            ),
+        }
+        changes = [
+            (EventType.JOB_WARNING, {"code": "plan", "detail": text}) for text in plan.warnings
+        ]
+        with self._write() as connection:
+            job = self._lock(connection, claim.job_id, claim)
+            if job.plan_digest == values["plan_digest"]:
+                return job
+            job = self._change(connection, job.id, values, changes, claim=claim)
+            connection.execute(sa.delete(shards).where(shards.c.job_id == job.id))
+            rows = [_shard_row(job.id, shard) for shard in plan.shards]
+            if rows:
+                connection.execute(sa.insert(shards), rows)
+            _keep_document(connection, job.id, "plan", pack(plan.to_json()))
+            return job
+
+    def record_shard(
+        self,
+        claim: Claim,
+        index: int,
+        state: ShardState,
+        *,
+        attempt: int,
+        worker: str | None = None,
+        device: str | None = None,
+        receipt: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See :meth:`service.jobs.store.ClaimedJobs.record_shard`."""
+        place = (shards.c.job_id == claim.job_id, shards.c.index == index)
+        facts = {"worker": worker, "device": device, "receipt": receipt, "error": error}
+        facts = {name: value for name, value in facts.items() if value is not None}
+        with self._write() as connection:
+            job = self._lock(connection, claim.job_id, claim)
+            row = connection.execute(sa.select(shards).where(*place)).one()
+            if row.state == state and row.attempt == attempt:
+                return
+            now = self._clock()
+            values: dict[str, Any] = {"state": str(state), "attempt": attempt, **facts}
+            if state == ShardState.RUNNING:
+                values |= {"started_at": now, "finished_at": None, "error": None, "receipt": None}
+                values |= dict.fromkeys(_COUNTS, 0)
+            if state == ShardState.SUCCEEDED:
+                values |= {"finished_at": now, "error": None}
+                values |= dict.fromkeys(_COUNTS, row.tensors_total)
+            if state == ShardState.FAILED:
+                values |= {"finished_at": now}
+            data = {"shard_index": index, "state": str(state), "attempt": attempt, **facts}
+            progressed = {"takeovers": 0} if state == ShardState.SUCCEEDED else {}
+            self._change(
+                connection, job.id, progressed, [(_SHARD_EVENTS[state], data)], claim=claim
+            )
+            connection.execute(sa.update(shards).where(*place).values(**values))
+
+    def update_progress(
+        self,
+        claim: Claim,
+        progress: Progress,
+        *,
+        shards: Sequence[ShardCounts] = (),
+        estimated_finish_at: datetime | None = None,
+    ) -> JobRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.update_progress`."""
+        with self._write() as connection:
+            job = self._lock(connection, claim.job_id, claim)
+            reached = furthest(job.progress, progress)
+            data = {
+                "progress": reached,
+                "shards": shards,
+                "estimated_finish_at": estimated_finish_at,
+            }
+            values = {"progress": to_json(reached), "estimated_finish_at": estimated_finish_at}
+            change = (EventType.JOB_PROGRESS, data)
+            job = self._change(connection, job.id, values, [change], claim=claim)
+            if shards:
+                connection.execute(_COUNT_UPDATE, [_count_row(job.id, counts) for counts in shards])
+            return job
+
+    def append_event(self, claim: Claim, event: EventType, data: Mapping[str, Any]) -> EventRecord:
+        """See :meth:`service.jobs.store.ClaimedJobs.append_event`."""
+        with self._write() as connection:
+            job = self._change(connection, claim.job_id, {}, [(event, data)], claim=claim)
+            return EventRecord(job.id, job.event_seq, event, self._clock(), job.attempt, dict(data))
+
+
+def _claimable(now: datetime) -> sa.Select[Any]:
+    """The job that a runner should take next, locked; others skip it meanwhile."""
+    other = jobs.alias("other")
+    output_in_use = (
+        sa.select(sa.literal(1))
+        .where(
+            other.c.output_uri == jobs.c.output_uri,
+            other.c.id != jobs.c.id,
+            other.c.state.in_([str(state) for state in ACTIVE]),
+        )
+        .exists()
+    )
+    return (
+        sa.select(jobs)
+        .where(
+            jobs.c.state.not_in([str(state) for state in TERMINAL]),
+            sa.or_(jobs.c.lease_expires_at.is_(None), jobs.c.lease_expires_at <= now),
+            ~output_in_use,
+        )
+        .order_by(
+            sa.case((jobs.c.state == str(JobState.QUEUED), 1), else_=0),
+            jobs.c.priority.desc(),
+            jobs.c.queued_at,
+            jobs.c.id,
+        )
+        .limit(1)
+        .with_for_update(skip_locked=True, of=jobs)
+    )
+
+
+_COUNTS = ("tensors_fetched", "tensors_solved", "tensors_written")
+
+_COUNT_UPDATE = (
+    sa.update(shards)
+    .where(shards.c.job_id == sa.bindparam("of_job"), shards.c.index == sa.bindparam("of_index"))
+    .values({name: sa.bindparam(f"new_{name}") for name in _COUNTS})
+)
+
+
+def _count_row(job_id: str, counts: ShardCounts) -> dict[str, Any]:
+    new = {f"new_{name}": getattr(counts, name) for name in _COUNTS}
+    return {"of_job": job_id, "of_index": counts.shard_index, **new}
+
+
+def _shard_row(job_id: str, shard: Shard) -> dict[str, Any]:
+    return {
+        "job_id": job_id,
+        "index": shard.index,
+        "file_name": shard.file_name,
+        "state": str(ShardState.PENDING),
+        "attempt": 0,
+        "tensors_total": len(shard.problems),
+        **dict.fromkeys(_COUNTS, 0),
+        "bytes_read_total": shard.bytes_read,
+        "bytes_total": shard.size,
+    }
+
+
+def _stop_shards(connection: sa.Connection, job_id: str) -> None:
+    """Nothing of a job that has ended is running."""
+    running = (shards.c.job_id == job_id, shards.c.state == str(ShardState.RUNNING))
+    connection.execute(sa.update(shards).where(*running).values(state=str(ShardState.PENDING)))
+
+
+def _keep_document(connection: sa.Connection, job_id: str, kind: str, data: bytes) -> None:
+    place = (documents.c.job_id == job_id, documents.c.kind == kind)
+    connection.execute(sa.delete(documents).where(*place))
+    connection.execute(sa.insert(documents).values(job_id=job_id, kind=kind, data=data))

@@ -1,0 +1,116 @@
+"""Statements that only read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from merging.plan.plan import Plan
+from service.jobs.errors import NotFoundError
+from service.jobs.records import EventRecord, JobCursor, JobFilter, JobRecord, ShardRecord
+from service.jobs.rows import to_record, unpack
+from service.jobs.sql_base import SqlBase
+from service.jobs.states import JobState
+from service.jobs.tables import UtcDateTime, documents, events, jobs, shards
+
+
+class ReadStatements(SqlBase):
+    """What anybody may read."""
+
+    def get(self, job_id: str) -> JobRecord:
+        """See :meth:`service.jobs.store.JobQueue.get`."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
+        return to_record(row, JobRecord)
+
+    def list_jobs(
+        self,
+        job_filter: JobFilter | None = None,
+        *,
+        cursor: JobCursor | None = None,
+        limit: int = 20,
+    ) -> list[JobRecord]:
+        """See :meth:`service.jobs.store.JobQueue.list_jobs`."""
+        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+        if cursor is not None:
+            seen = sa.tuple_(sa.literal(cursor.created_at, UtcDateTime), sa.literal(cursor.id))
+            query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < seen)
+        with self._read() as connection:
+            rows = connection.execute(query.where(*_conditions(job_filter or JobFilter())))
+            return [to_record(row, JobRecord) for row in rows]
+
+    def counts(self) -> dict[JobState, int]:
+        """See :meth:`service.jobs.store.JobQueue.counts`."""
+        query = sa.select(jobs.c.state, sa.func.count().label("number")).group_by(jobs.c.state)
+        with self._read() as connection:
+            found = {row.state: row.number for row in connection.execute(query)}
+        return {state: found.get(str(state), 0) for state in JobState}
+
+    def shards(self, job_id: str) -> list[ShardRecord]:
+        """See :meth:`service.jobs.store.JobQueue.shards`."""
+        query = sa.select(shards).where(shards.c.job_id == job_id).order_by(shards.c.index)
+        with self._read() as connection:
+            return [to_record(row, ShardRecord) for row in connection.execute(query)]
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
+        """See :meth:`service.jobs.store.JobQueue.events`."""
+        query = (
+            sa.select(events)
+            .where(events.c.job_id == job_id, events.c.seq > after)
+            .order_by(events.c.seq)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [to_record(row, EventRecord) for row in connection.execute(query)]
+
+    def last_event(self, job_id: str) -> int:
+        """See :meth:`service.jobs.store.JobQueue.last_event`."""
+        query = sa.select(jobs.c.event_seq).where(jobs.c.id == job_id)
+        with self._read() as connection:
+            seq: int | None = connection.execute(query).scalar_one_or_none()
+        if seq is None:
+            raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
+        return seq
+
+    def load_plan(self, job_id: str) -> Plan | None:
+        """See :meth:`service.jobs.store.JobQueue.load_plan`."""
+        data = self._document(job_id, "plan")
+        return None if data is None else Plan.from_json(data)
+
+    def load_report(self, job_id: str) -> dict[str, Any] | None:
+        """See :meth:`service.jobs.store.JobQueue.load_report`."""
+        data = self._document(job_id, "report")
+        return None if data is None else msgspec.json.decode(data, type=dict[str, Any])
+
+    def _document(self, job_id: str, kind: str) -> bytes | None:
+        query = sa.select(documents.c.data).where(
+            documents.c.job_id == job_id, documents.c.kind == kind
+        )
+        with self._read() as connection:
+            data: bytes | None = connection.execute(query).scalar_one_or_none()
+        return None if data is None else unpack(data)
+
+
+def _conditions(job_filter: JobFilter) -> list[sa.ColumnElement[bool]]:
+    found: list[sa.ColumnElement[bool]] = []
+    if job_filter.states:
+        found.append(jobs.c.state.in_([str(state) for state in job_filter.states]))
+    if job_filter.method is not None:
+        found.append(jobs.c.method == job_filter.method)
+    if job_filter.initiator is not None:
+        found.append(jobs.c.initiator == job_filter.initiator)
+    if job_filter.created_after is not None:
+        found.append(jobs.c.created_at > job_filter.created_after)
+    found.extend(_has_label(key, value) for key, value in job_filter.labels.items())
+    return found
+
+
+def _has_label(key: str, value: str) -> sa.ColumnElement[bool]:
+    if '"' in key or "\\" in key:
+        return sa.false()  # a path of SQLite's JSON functions cannot name such a key
+    matches: sa.ColumnElement[bool] = jobs.c.labels[key].as_string() == value
+    return matches

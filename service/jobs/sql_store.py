@@ -1,0 +1,57 @@
+"""The job store on SQLite or PostgreSQL.
+
+The statements lie in files by who uses them: ``sql_read`` and ``sql_queue`` for the API,
+``sql_claimed`` for the runner, ``sql_tokens`` for authentication; ``sql_base`` holds what keeps
+the store's rules.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from service.jobs.database import open_engine
+from service.jobs.errors import StoreUnavailableError
+from service.jobs.migrate import is_current, upgrade
+from service.jobs.sql_base import Clock
+from service.jobs.sql_claimed import ClaimedStatements
+from service.jobs.sql_queue import QueueStatements
+from service.jobs.sql_read import ReadStatements
+from service.jobs.sql_tokens import TokenStatements
+
+
+class SqlJobStore(ReadStatements, QueueStatements, ClaimedStatements, TokenStatements):
+    """See :class:`service.jobs.store.JobStore`."""
+
+    def ping(self) -> None:
+        """See :meth:`service.jobs.store.JobStore.ping`."""
+        with self._read() as connection:
+            if not is_current(connection):
+                raise StoreUnavailableError(
+                    "The job database's schema is not that of this version; run the migration."
+                )
+
+    def close(self) -> None:
+        """See :meth:`service.jobs.store.JobStore.close`."""
+        self._engine.dispose()
+
+
+def open_store(url: str, *, clock: Clock | None = None, migrate: bool = True) -> SqlJobStore:
+    """The job store at a database address.
+
+    Args:
+        url: ``sqlite:///path`` or ``postgresql://…``.
+        clock: The time now; the system's by default.
+        migrate: Bring the schema up to date first; several processes may do so at once.
+
+    Raises:
+        ValueError: The address is of another kind of database.
+        StoreUnavailableError: The database does not answer.
+    """
+    engine = open_engine(url)
+    if migrate:
+        upgrade(engine)
+    return SqlJobStore(engine, clock or _now)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,242 @@
+"""The seam between the service and its database.
+
+The store is the truth about jobs. Three rules hold for every implementation:
+
+- A change of state, and everything that follows from it, is one transaction with its event.
+- Every write of a claimed job carries the claim's fencing token; if that is no longer the job's,
+  :class:`~service.jobs.errors.StaleLeaseError` is raised and nothing is written.
+- Events of a job are numbered from 1 without gaps, whoever writes them.
+
+All methods are safe to call from many threads and raise
+:class:`~service.jobs.errors.StoreUnavailableError` while the database cannot be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+from merging.plan.plan import Plan
+from service.jobs.records import (
+    CancelMode,
+    Claim,
+    EventRecord,
+    EventType,
+    IdempotencyRequest,
+    JobCursor,
+    JobFilter,
+    JobRecord,
+    NewJob,
+    Progress,
+    ShardCounts,
+    ShardRecord,
+    TokenRecord,
+)
+from service.jobs.states import JobState, ShardState
+
+
+class TokenStore(Protocol):
+    """API tokens; only a hash of the secret is kept."""
+
+    def create_token(
+        self, name: str, scopes: Sequence[str], *, expires_at: datetime | None = None
+    ) -> tuple[TokenRecord, str]:
+        """Make a token; returns its secret too, which cannot be had again."""
+
+    def import_token(self, name: str, scopes: Sequence[str], secret: str) -> TokenRecord:
+        """Keep a token whose secret the operator chose; a repeat returns the first record."""
+
+    def find_token(self, secret: str) -> TokenRecord | None:
+        """The token of a secret; None if it is unknown, expired or revoked."""
+
+    def list_tokens(self) -> list[TokenRecord]:
+        """All tokens, newest first."""
+
+    def revoke_token(self, token_id: str) -> TokenRecord:
+        """Make a token useless; repeatable. Raises ``NotFoundError``."""
+
+    def touch_token(self, token_id: str) -> None:
+        """Note that a token was used; written at most once a minute."""
+
+
+class JobQueue(Protocol):
+    """What anybody may do with jobs: the API's side of the store."""
+
+    def submit(
+        self, job: NewJob, *, idempotency: IdempotencyRequest | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Queue a job, with its ``job.created`` event and idempotency key in one transaction.
+
+        Returns:
+            The job, and whether this call made it (False: the key's first job, as it is now).
+
+        Raises:
+            IdempotencyReusedError: The key was used for another request within its lifetime.
+        """
+
+    def find_submitted(self, idempotency: IdempotencyRequest) -> JobRecord | None:
+        """The job that a key has made already, as it is now; None if it has made none.
+
+        Raises:
+            IdempotencyReusedError: The key was used for another request within its lifetime.
+        """
+
+    def get(self, job_id: str) -> JobRecord:
+        """A job. Raises ``NotFoundError``."""
+
+    def list_jobs(
+        self,
+        job_filter: JobFilter | None = None,
+        *,
+        cursor: JobCursor | None = None,
+        limit: int = 20,
+    ) -> list[JobRecord]:
+        """Jobs, newest first, after the cursor."""
+
+    def counts(self) -> dict[JobState, int]:
+        """Number of jobs in each state, zeros included."""
+
+    def request_cancel(self, job_id: str, mode: CancelMode = "orderly") -> JobRecord:
+        """Stop a job: a queued one is cancelled at once, a claimed one goes to ``cancelling``.
+
+        May be repeated, and ``orderly`` raised to ``now``.
+
+        Raises:
+            NotFoundError: No such job.
+            AlreadyTerminalError: It has succeeded or failed.
+        """
+
+    def retry(self, job_id: str) -> JobRecord:
+        """Queue a failed job again as its next attempt; published shards are reused.
+
+        The plan is dropped and made anew: from unchanged sources it comes out the same, and then
+        the receipts of the last attempt still hold.
+
+        Raises:
+            NotFoundError: No such job.
+            IllegalTransitionError: It has not failed.
+        """
+
+    def patch(
+        self,
+        job_id: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        priority: int | None = None,
+        if_revision: int | None = None,
+    ) -> JobRecord:
+        """Replace labels, or the priority of a queued job.
+
+        Raises:
+            NotFoundError: No such job.
+            RevisionMismatchError: The job is no longer at ``if_revision``.
+            IllegalTransitionError: A priority for a job that is not queued.
+        """
+
+    def delete(self, job_id: str) -> None:
+        """Forget a terminal job and all that belongs to it.
+
+        Raises:
+            NotFoundError: No such job.
+            IllegalTransitionError: It has not ended.
+        """
+
+    def shards(self, job_id: str) -> list[ShardRecord]:
+        """The shards of a job in order; empty before there is a plan."""
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
+        """Events with ``seq > after`` in order."""
+
+    def last_event(self, job_id: str) -> int:
+        """``seq`` of the newest event. Raises ``NotFoundError``."""
+
+    def load_plan(self, job_id: str) -> Plan | None:
+        """The stored plan."""
+
+    def load_report(self, job_id: str) -> dict[str, Any] | None:
+        """The merge report of a job that has succeeded."""
+
+
+class ClaimedJobs(Protocol):
+    """What only the holder of a lease may do: the runner's side of the store."""
+
+    def claim(self, owner: str, lease_seconds: float) -> Claim | None:
+        """Take a job to work on; None if there is none.
+
+        Jobs that lost their runner (lease lapsed or released) come first, then queued ones, each
+        by priority and age. A queued job becomes ``planning``; others keep their state.
+        """
+
+    def renew(self, claim: Claim, lease_seconds: float) -> JobRecord:
+        """Extend the lease; the job as it is now (somebody may have asked to cancel it)."""
+
+    def release(self, claim: Claim) -> None:
+        """Give the job back as it stands, for any runner to claim."""
+
+    def transition(
+        self,
+        claim: Claim,
+        state: JobState,
+        *,
+        error: Mapping[str, Any] | None = None,
+        output: Mapping[str, Any] | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> JobRecord:
+        """Go to another state. A terminal one ends the lease and appends ``job.finished``.
+
+        Args:
+            claim: The right to do so.
+            state: The new state.
+            error: Problem object; needed for ``failed``.
+            output: What was published; needed for ``succeeded``.
+            report: Merge report to keep with a job that succeeds.
+
+        Raises:
+            IllegalTransitionError: The state cannot follow the job's current one.
+        """
+
+    def set_phase(self, claim: Claim, name: str, message: str = "") -> JobRecord:
+        """Begin a phase and end the one before; nothing happens if it has that name already."""
+
+    def save_plan(self, claim: Claim, plan: Plan) -> JobRecord:
+        """Keep the plan; sets digest, inputs, warnings and totals, and makes the shard records."""
+
+    def record_shard(
+        self,
+        claim: Claim,
+        index: int,
+        state: ShardState,
+        *,
+        attempt: int,
+        worker: str | None = None,
+        device: str | None = None,
+        receipt: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note what became of a shard, with its event: ``shard.started``, ``shard.finished`` (also
+        of one that failed for good), or ``shard.retried`` for one that is pending again.
+        """
+
+    def update_progress(
+        self,
+        claim: Claim,
+        progress: Progress,
+        *,
+        shards: Sequence[ShardCounts] = (),
+        estimated_finish_at: datetime | None = None,
+    ) -> JobRecord:
+        """Note progress, with a ``job.progress`` event. Figures never go back."""
+
+    def append_event(self, claim: Claim, event: EventType, data: Mapping[str, Any]) -> EventRecord:
+        """Append an event that changes nothing else (``job.warning``)."""
+
+
+class JobStore(JobQueue, ClaimedJobs, TokenStore, Protocol):
+    """Everything that the service keeps."""
+
+    def ping(self) -> None:
+        """Raise ``StoreUnavailableError`` unless the database answers and its schema is current."""
+
+    def close(self) -> None:
+        """Let go of connections."""

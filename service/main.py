@@ -1,0 +1,125 @@
+"""The service as a process: the one place where stores, pools and servers are chosen and wired."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import metadata
+
+from sqlalchemy.exc import ArgumentError
+
+from merging.errors import MergeError
+from merging.storage.base import Storage
+from merging.storage.router import open_storage
+from service.api.deps import ReadinessCheck
+from service.app import create_app
+from service.auth import prepare_first_token
+from service.jobs.sql_store import SqlJobStore, open_store
+from service.logs import configure_logging
+from service.runner.loop import Runner
+from service.runner.settings import RunnerSettings
+from service.server import Server, address_of, bind
+from service.settings import ENV_PREFIX, Settings
+from workers.local_pool import LocalPool
+from workers.pool import ShardPool
+from workers.ray_pool import RayPool
+from workers.ray_wire import RayOptions
+
+_HEARTBEAT_SECONDS = 2.0
+
+_ABORT_SECONDS = 20
+"""How long cancelled shards may take to end; a lease that is left then lapses by itself."""
+
+
+def _to_console(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) -> None:
+    """Run API and runner until SIGTERM or SIGINT.
+
+    At the end the server first reports that it is not ready and closes event streams; then shards
+    in flight are waited for or cancelled, and jobs are given back, so that another runner (or this
+    one, started again) goes on with them at once.
+
+    Args:
+        settings: As read at start.
+        announce: Tells people where the service is, and its first token.
+
+    Raises:
+        MergeError: It cannot start: the port is taken, the database is away, a setting is wrong.
+    """
+    configure_logging(as_json=settings.log_json)
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(settings.host, settings.port))
+        store = _open_store(settings)
+        stack.callback(store.close)
+        prepare_first_token(store, settings, announce)
+        pool = _make_pool(settings)
+        stack.callback(pool.close)
+        runner = _make_runner(settings, store, pool)
+        storage = open_storage(settings.storage_roots)
+        app = create_app(settings, store, storage=storage, checks=[_runner_check(runner)])
+        server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
+        runner.start()
+        stack.callback(_stop_runner, runner, settings.drain_seconds)
+        version = metadata.version("mergeyard")
+        announce(f"Mergeyard {version} listens on {address_of(listener, settings.root_path)}")
+        server.run(sockets=[listener])
+
+
+def _open_store(settings: Settings) -> SqlJobStore:
+    try:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise MergeError(
+            f"The folder {settings.data_dir} cannot be made ({error.strerror}); name another with"
+            f" {ENV_PREFIX}DATA_DIR.",
+            code="bad_setting",
+        ) from error
+    try:
+        return open_store(settings.effective_database_url)
+    except (ValueError, ArgumentError) as error:
+        raise MergeError(f"{ENV_PREFIX}DATABASE_URL: {error}", code="bad_setting") from error
+
+
+def _make_pool(settings: Settings) -> ShardPool:
+    if settings.pool == "local":
+        return LocalPool(settings.local_workers)
+    return RayPool(RayOptions(address=settings.ray_address, num_cpus=settings.ray_num_cpus))
+
+
+def _make_runner(settings: Settings, store: SqlJobStore, pool: ShardPool) -> Runner:
+    def storage() -> Storage:
+        return open_storage(settings.storage_roots)
+
+    return Runner(
+        store,
+        storage,
+        pool,
+        RunnerSettings(
+            storage_roots=settings.storage_roots,
+            device=settings.device,
+            max_concurrent_jobs=settings.max_concurrent_jobs,
+            max_in_flight_shards=settings.max_in_flight_shards,
+            lease_seconds=settings.lease_seconds,
+            heartbeat_seconds=min(_HEARTBEAT_SECONDS, settings.lease_seconds / 4),
+        ),
+    )
+
+
+def _runner_check(runner: Runner) -> ReadinessCheck:
+    def check() -> None:
+        if not runner.is_running:
+            raise MergeError("The runner has stopped.", code="not_ready", retryable=True)
+
+    return ReadinessCheck("runner", check)
+
+
+def _stop_runner(runner: Runner, drain_seconds: float) -> None:
+    if drain_seconds:
+        runner.stop(drain=True, timeout_seconds=drain_seconds)
+    if runner.is_running:
+        runner.stop(drain=False, timeout_seconds=_ABORT_SECONDS)

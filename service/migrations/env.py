@@ -1,0 +1,7 @@
+"""Run by Alembic; ``service.jobs.migrate`` hands over a connection inside its transaction."""
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"])
+with context.begin_transaction():
+    context.run_migrations()

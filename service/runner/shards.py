@@ -1,0 +1,191 @@
+"""The shards of one job between pool and store: what the pool says is recorded and acted on."""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+import structlog
+
+from merging.errors import MergeError, error_from_dict
+from merging.plan.plan import Plan
+from merging.receipts import Receipt
+from service.jobs.states import ShardState
+from service.runner.board import ShardBoard
+from service.runner.claim import Lease
+from service.runner.context import RunnerContext
+from workers.messages import (
+    PoolEvent,
+    ShardDone,
+    ShardFailed,
+    ShardProgress,
+    ShardStarted,
+    ShardTask,
+)
+
+
+class ShardDesk:
+    """Hands out shards and deals with what becomes of them.
+
+    Attributes:
+        board: Which shards are ready, in flight and done.
+        has_started: A worker has taken up one of them.
+
+    Args:
+        plan: The job's plan.
+        receipts: Of shards that are published already.
+        attempts: Earlier tries at each shard.
+        lease: Goes with every write.
+        context: Store, settings and clocks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        receipts: dict[int, Receipt],
+        attempts: dict[int, int],
+        *,
+        lease: Lease,
+        context: RunnerContext,
+    ) -> None:
+        self.board = ShardBoard(plan, receipts, attempts)
+        self._plan = plan
+        self._plan_digest = plan.digest
+        self._lease = lease
+        self._context = context
+        self.has_started = False
+        self._inbox: deque[ShardStarted | ShardDone | ShardFailed] = deque()
+        self._sampled_at = float("-inf")
+        self._began_at = context.monotonic()
+        self._began_bytes = self.board.progress().bytes_done
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in flight, and nothing that the pool said is unrecorded."""
+        return not (self.board.in_flight or self._inbox)
+
+    def has_ready(self) -> bool:
+        """Whether :meth:`next_task` would give one."""
+        return self.board.next_ready(self._context.monotonic()) is not None
+
+    def next_task(self) -> ShardTask:
+        """The next ready shard, as a task for the pool."""
+        index = self.board.next_ready(self._context.monotonic())
+        assert index is not None
+        return ShardTask(
+            job_id=self._lease.claim.job_id,
+            attempt=self.board.hand_out(index),
+            work=self._plan.work(index, self._plan_digest),
+            storage_roots=self._context.settings.storage_roots,
+            device=self._context.settings.device,
+        )
+
+    def take_back(self, task: ShardTask) -> None:
+        """The pool could not take a task; no fault of the shard's."""
+        self.board.give_back(task.work.shard.index, self._context.retry_at(0))
+
+    def receive(self, event: PoolEvent) -> None:
+        """Take in what the pool says; late words of earlier tries are dropped."""
+        if not self.board.is_current(event):
+            return
+        if isinstance(event, ShardProgress):
+            self.board.note(event)
+        else:
+            self._inbox.append(event)
+
+    def read_inbox(self, *, is_ending: bool) -> MergeError | None:
+        """Deal with what the pool said; each event stays until the store has taken it.
+
+        Args:
+            is_ending: The job is being stopped: failures are no news, and nothing is retried.
+
+        Returns:
+            The error that the job must fail with, if there is one.
+        """
+        while self._inbox:
+            event = self._inbox[0]
+            error = None
+            if isinstance(event, ShardDone):
+                self.record_published(event.receipt, event.attempt)
+                self.board.finish(event.shard_index, event.receipt)
+            elif isinstance(event, ShardStarted):
+                self._record_start(event)
+            elif is_ending:
+                self.board.fail(event.shard_index, None)
+            else:
+                error = self._deal_with_failure(event)
+            self._inbox.popleft()
+            if error is not None:
+                return error
+        return None
+
+    def record_published(self, receipt: Receipt, attempt: int) -> None:
+        """Tell the store that a shard is published."""
+        summary = msgspec.to_builtins(receipt)
+        del summary["problems"]  # figures per tensor are in the merge report
+        self._record(receipt.shard_index, ShardState.SUCCEEDED, attempt, receipt=summary)
+
+    def _record_start(self, event: ShardStarted) -> None:
+        self._record(
+            event.shard_index,
+            ShardState.RUNNING,
+            event.attempt,
+            worker=event.worker,
+            device=event.device,
+        )
+        self.has_started = True
+
+    def _deal_with_failure(self, event: ShardFailed) -> MergeError | None:
+        """Try a shard again if that may help; else give the error that the job fails with."""
+        index = event.shard_index
+        error = error_from_dict(event.error)
+        error.context.setdefault("shard_index", index)
+        # Cancelled though the job is not: a worker was told to stop by somebody else.
+        may_help = error.retryable or error.code == "cancelled"
+        failures = self.board.failures(index)
+        is_last = not may_help or failures + 1 >= self._context.settings.max_tries
+        state = ShardState.FAILED if is_last else ShardState.PENDING
+        self._record(index, state, event.attempt, error=error.to_dict())
+        self.board.fail(index, None if is_last else self._context.retry_at(failures))
+        structlog.get_logger(__name__).warning(
+            "shard_failed",
+            job_id=event.job_id,
+            shard_index=index,
+            attempt=event.attempt,
+            code=error.code,
+            will_retry=not is_last,
+        )
+        return error if is_last else None
+
+    def _record(self, index: int, state: ShardState, attempt: int, **facts: Any) -> None:
+        self._context.store.record_shard(self._lease.claim, index, state, attempt=attempt, **facts)
+
+    def sample_progress(self) -> None:
+        """Tell the store how far the job is, if it got on and the last time was long enough ago."""
+        now = self._context.monotonic()
+        is_soon = now < self._sampled_at + self._context.settings.progress_seconds
+        if is_soon and not self.board.is_done:
+            return
+        progress, changes = self.board.progress(), self.board.changes()
+        if progress != self._lease.job.progress or changes:
+            job = self._context.store.update_progress(
+                self._lease.claim,
+                progress,
+                shards=changes,
+                estimated_finish_at=self._estimate(now),
+            )
+            self._lease.update(job)
+            self.board.forget_changes()
+        self._sampled_at = now
+
+    def _estimate(self, now: float) -> datetime | None:
+        """When the job will be done, at the rate of this runner so far."""
+        progress = self.board.progress()
+        gained = progress.bytes_done - self._began_bytes
+        if gained <= 0 or now <= self._began_at:
+            return None
+        seconds_per_byte = (now - self._began_at) / gained
+        left = (progress.bytes_total - progress.bytes_done) * seconds_per_byte
+        return self._context.clock() + timedelta(seconds=left)

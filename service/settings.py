@@ -1,0 +1,206 @@
+"""Settings of the service: from ``MERGEYARD_…`` in the environment, read once at start.
+
+The command line's options have precedence. Secrets are ``SecretStr``, so that printing or logging
+the settings does not tell them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from merging.errors import Fault, MergeError
+
+ENV_PREFIX = "MERGEYARD_"
+
+
+def default_data_dir() -> Path:
+    """``$XDG_DATA_HOME/mergeyard``, by default ``~/.local/share/mergeyard``."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "mergeyard"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can choose."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    root_path: str = Field(
+        default="",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path prefix under which a proxy publishes the service, as in /mergeyard.",
+    )
+    body_limit_bytes: int = Field(
+        default=1 << 20, ge=1 << 10, description="Largest request body that is accepted."
+    )
+    shutdown_delay_seconds: float = Field(
+        default=0,
+        ge=0,
+        le=300,
+        description="How long to go on answering, not ready, after SIGTERM: time for a load"
+        " balancer to look elsewhere.",
+    )
+
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="Folder for what the service keeps: database, first token.",
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr(""),
+        description="sqlite:///… or postgresql://…; default: mergeyard.db in the data folder.",
+    )
+    storage_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Prefixes (folders, s3://bucket/prefix) that jobs may read and write, separated"
+        " by commas or as a JSON list. Default: the current folder, only when bound to loopback.",
+    )
+    admin_token: SecretStr | None = Field(
+        default=None,
+        min_length=24,
+        description="Secret of an administrator's token, where a deployment provides one. Without"
+        " it the first start makes one and writes it to admin-token in the data folder.",
+    )
+
+    pool: Literal["ray", "local"] = Field(
+        default="ray", description="What executes shards: Ray, or threads of this process."
+    )
+    ray_address: str | None = Field(
+        default=None, description="Ray cluster to join; by default one is started on this machine."
+    )
+    ray_num_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs of a Ray that is started here; default: all."
+    )
+    local_workers: int = Field(
+        default=1, ge=1, description="Threads of the local pool: shards solved at once."
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where shards are solved."
+    )
+    max_concurrent_jobs: int = Field(default=4, ge=1, description="Jobs that one runner drives.")
+    max_in_flight_shards: int | None = Field(
+        default=None, ge=1, description="Shards handed out at once; default: as the pool has slots."
+    )
+    lease_seconds: float = Field(
+        default=30,
+        ge=2,
+        description="How long a runner's silence lasts until others take its jobs over.",
+    )
+    drain_seconds: float = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        description="How long shards in flight may go on after SIGTERM. What is left then is"
+        " cancelled and done again by the next runner.",
+    )
+    log_json: bool | None = Field(
+        default=None, description="Log lines as JSON; default: unless standard error is a terminal."
+    )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _refuse_service_link(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                f"{value!r} is what Kubernetes sets for a Service of the same name;"
+                " set enableServiceLinks: false in the pod"
+            )
+        return value
+
+    @field_validator("storage_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not a JSON list: {error}") from None
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("storage_roots")
+    @classmethod
+    def _check_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not root.strip() for root in value):
+            raise ValueError("an empty root would allow everything; write / if that is meant")
+        # Absolute, since workers run in other folders.
+        return tuple(
+            root if "://" in root else str(Path(root).expanduser().absolute()) for root in value
+        )
+
+    @field_validator("data_dir")
+    @classmethod
+    def _resolve(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on other settings."""
+        if not values.get("storage_roots") and is_loopback(str(values.get("host", "127.0.0.1"))):
+            values["storage_roots"] = [str(Path.cwd())]
+        return values
+
+    @model_validator(mode="after")
+    def _need_roots(self) -> Self:
+        if not self.storage_roots:
+            raise ValueError(
+                f"{ENV_PREFIX}STORAGE_ROOTS must name what jobs may read and write when the service"
+                f" is bound to {self.host}"
+            )
+        return self
+
+    @property
+    def effective_database_url(self) -> str:
+        """The address of the job database, password included."""
+        return self.database_url.get_secret_value() or f"sqlite:///{self.data_dir}/mergeyard.db"
+
+    @property
+    def admin_token_file(self) -> Path:
+        """Where the first start leaves the token that it makes."""
+        return self.data_dir / "admin-token"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings; ``overrides`` have precedence over the environment.
+
+    Raises:
+        MergeError: ``bad_setting``, naming every variable that cannot be used.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        faults = [_fault(item["loc"], item["msg"]) for item in error.errors(include_input=False)]
+        detail = "; ".join(fault.detail for fault in faults)
+        raise MergeError(
+            f"The service cannot start with these settings: {detail}.",
+            code="bad_setting",
+            faults=faults,
+        ) from None
+
+
+def _fault(location: tuple[int | str, ...], message: str) -> Fault:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return Fault("", "bad_setting", message)
+    return Fault("", "bad_setting", f"{ENV_PREFIX}{str(location[0]).upper()}: {message}")

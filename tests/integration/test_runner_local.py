@@ -1,0 +1,124 @@
+"""The runner as it runs: its own threads, the engine in a local pool, files on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from merging.local_run import run_plan
+from merging.recipe import parse_recipe
+from merging.storage.router import open_storage
+from service.jobs.records import JobRecord, NewJob
+from service.jobs.sql_store import SqlJobStore, open_store
+from service.jobs.states import JobState
+from service.runner.loop import Runner
+from service.runner.settings import RunnerSettings
+from tests.support.checkpoints import Family, make_family
+from tests.support.fake_pool import FakePool
+from tests.support.merges import plan_merge, recipe, weight_bytes
+from workers.local_pool import LocalPool
+
+PATIENCE_SECONDS = 60.0
+OPTIONS = {"max_shard_size": 60_000}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "still waiting"
+        time.sleep(0.02)
+
+
+def submit(store: SqlJobStore, family: Family, output: Path) -> JobRecord:
+    document = recipe(family, "ties")
+    job = NewJob(
+        recipe_source=document,
+        recipe=document,
+        recipe_digest=parse_recipe(document).digest,
+        method="ties",
+        output_uri=str(output),
+        options=OPTIONS,
+    )
+    return store.submit(job)[0]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqlJobStore]:
+    made = open_store(f"sqlite:///{tmp_path}/jobs.db")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return make_family(tmp_path / "models", num_experts=2)
+
+
+def test_a_job_gives_the_bytes_that_the_engine_gives_by_itself(
+    store: SqlJobStore, family: Family, tmp_path: Path
+) -> None:
+    plan = plan_merge(family, "ties", open_storage(), tmp_path / "direct", **OPTIONS)
+    run_plan(plan, open_storage())
+    roots = (str(tmp_path),)
+    pool = LocalPool(2)
+    runner = Runner(
+        store,
+        lambda: open_storage(roots),
+        pool,
+        RunnerSettings(storage_roots=roots, device="cpu", claim_seconds=0.05),
+    )
+    runner.start()
+    job = submit(store, family, tmp_path / "by-job")
+    wait_until(lambda: store.get(job.id).is_terminal)
+    done = store.get(job.id)
+    assert (done.state, done.error) == (JobState.SUCCEEDED, None)
+    assert done.progress.shards_done == len(plan.shards) > 3
+    assert weight_bytes(tmp_path / "by-job") == weight_bytes(tmp_path / "direct")
+    assert runner.is_running
+    runner.stop()
+    assert not runner.is_running
+    pool.close()
+
+
+def test_a_job_outside_the_storage_roots_fails_and_reads_nothing(
+    store: SqlJobStore, family: Family, tmp_path: Path
+) -> None:
+    roots = (str(tmp_path / "models"),)
+    pool = LocalPool(1)
+    runner = Runner(
+        store,
+        lambda: open_storage(roots),
+        pool,
+        RunnerSettings(storage_roots=roots, device="cpu", claim_seconds=0.05),
+    )
+    runner.start()
+    job = submit(store, family, tmp_path / "elsewhere")
+    wait_until(lambda: store.get(job.id).is_terminal)
+    error = store.get(job.id).error
+    assert error
+    assert error["code"] == "uri_not_allowed"
+    assert not (tmp_path / "elsewhere").exists()
+    runner.stop()
+    pool.close()
+
+
+def test_a_drain_that_takes_too_long_can_be_cut_short(
+    store: SqlJobStore, family: Family, tmp_path: Path
+) -> None:
+    pool = FakePool(open_storage())
+    pool.holding = True
+    runner = Runner(store, open_storage, pool, RunnerSettings(claim_seconds=0.05))
+    runner.start()
+    job = submit(store, family, tmp_path / "merged")
+    wait_until(lambda: store.get(job.id).phase == "merging")
+    runner.stop(drain=True, timeout_seconds=0.5)
+    assert runner.is_running
+    assert store.get(job.id).lease_owner is not None
+    runner.stop(drain=False)
+    assert not runner.is_running
+    given_back = store.get(job.id)
+    assert (given_back.state, given_back.lease_owner) == (JobState.RUNNING, None)
+    assert pool.in_flight == []

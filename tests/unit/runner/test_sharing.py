@@ -1,0 +1,108 @@
+"""Many jobs, many runners, and orderly ends."""
+
+from __future__ import annotations
+
+from merging.publish import INDEX_NAME
+from service.jobs.states import JobState
+from tests.support.fake_pool import FakePool
+from tests.support.runner_bench import NUM_SHARDS, Bench
+
+
+def test_jobs_share_the_pool_evenly(bench: Bench) -> None:
+    jobs = [bench.submit() for _ in range(2)]
+    pool = FakePool(bench.storage, slots=4)
+    pool.holding = True
+    runner = bench.runner(pool, max_in_flight_shards=4)
+    runner.turn(6)
+    shares = [sum(task.job_id == job.id for task in pool.in_flight) for job in jobs]
+    assert shares == [2, 2]
+    pool.holding = False
+    runner.finish(*jobs)
+
+
+def test_no_more_jobs_are_driven_than_allowed(bench: Bench) -> None:
+    jobs = [bench.submit() for _ in range(3)]
+    runner = bench.runner(max_concurrent_jobs=2)
+    runner.pool.holding = True
+    runner.turn(10)
+    states = sorted(str(bench.store.get(job.id).state) for job in jobs)
+    assert states == ["queued", "running", "running"]
+    runner.pool.holding = False
+    runner.finish(*jobs)
+
+
+def test_the_pool_is_given_a_few_more_shards_than_it_has_slots(bench: Bench) -> None:
+    jobs = [bench.submit() for _ in range(2)]
+    pool = FakePool(bench.storage, slots=1)
+    pool.holding = True
+    runner = bench.runner(pool)
+    runner.turn(6)
+    assert len(pool.in_flight) == 3
+    pool.holding = False
+    runner.finish(*jobs)
+
+
+def test_a_pool_without_slots_is_still_asked_so_that_it_can_grow(bench: Bench) -> None:
+    bench.submit()
+    pool = FakePool(bench.storage, slots=0)
+    runner = bench.runner(pool)
+    runner.turn(6)
+    assert len(pool.in_flight) == NUM_SHARDS
+
+
+def test_many_runners_share_the_jobs(bench: Bench) -> None:
+    jobs = [bench.submit() for _ in range(6)]
+    runners = [bench.runner(max_concurrent_jobs=1) for _ in range(3)]
+    for _ in range(100):
+        for runner in runners:
+            runner.turn()
+        if all(bench.store.get(job.id).is_terminal for job in jobs):
+            break
+    for job in jobs:
+        bench.assert_ended_once(job)
+        assert bench.store.get(job.id).state == JobState.SUCCEEDED
+        assert bench.store.get(job.id).fencing_token == 1
+    assert all(runner.pool.submitted for runner in runners)
+
+
+def test_a_draining_runner_finishes_what_is_in_flight_and_gives_the_job_back(bench: Bench) -> None:
+    job = bench.submit()
+    pool = FakePool(bench.storage, slots=1)
+    pool.holding = True
+    first = bench.runner(pool, max_in_flight_shards=1)
+    first.turn_until(lambda: pool.in_flight)
+    first.runner.stop(drain=True)
+    first.turn(3)
+    assert bench.store.get(job.id).lease_owner is not None
+    pool.holding = False
+    first.turn(3)
+    given_back = bench.store.get(job.id)
+    assert (given_back.lease_owner, given_back.state) == (None, JobState.RUNNING)
+    assert len(pool.submitted) == 1
+    second = bench.runner()
+    (done,) = second.finish(job)
+    assert done.state == JobState.SUCCEEDED
+    assert len(second.pool.submitted) == NUM_SHARDS - 1
+    assert done.takeovers == 0
+
+
+def test_a_runner_that_is_stopped_at_once_drops_what_is_in_flight(bench: Bench) -> None:
+    job = bench.submit()
+    first = bench.runner()
+    first.pool.holding = True
+    first.turn_until(lambda: len(first.pool.in_flight) == NUM_SHARDS)
+    first.runner.stop(drain=False)
+    first.turn(3)
+    assert first.pool.cancels == [(job.id, False)]
+    assert bench.store.get(job.id).lease_owner is None
+    assert INDEX_NAME not in bench.output(job)
+    (done,) = bench.runner().finish(job)
+    assert done.state == JobState.SUCCEEDED
+
+
+def test_a_stopping_runner_claims_nothing(bench: Bench) -> None:
+    runner = bench.runner()
+    runner.runner.stop()
+    job = bench.submit()
+    runner.turn(5)
+    assert bench.store.get(job.id).state == JobState.QUEUED

@@ -1,0 +1,193 @@
+"""One shard task in a worker: calls the engine, reports, and turns every failure into our errors.
+
+No policy lives here: whether a failure is worth another try is for the runner to decide.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pkgutil
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from merging.errors import MergeError, WorkerError
+from merging.receipts import Receipt, read_receipt
+from merging.storage.base import Storage
+from merging.storage.router import open_storage
+from workers.accelerator import choose_device, describe_device
+from workers.messages import (
+    PoolEvent,
+    ShardDone,
+    ShardFailed,
+    ShardProgress,
+    ShardStarted,
+    ShardTask,
+)
+
+ENGINE = "merging.execute.shard:run_shard"
+"""Dotted path of the function that produces a shard; resolved in the worker."""
+
+_SECONDS_BETWEEN_PROGRESS = 0.2
+
+
+def run_task(
+    task: ShardTask,
+    emit: Callable[[PoolEvent], None],
+    cancelled: Callable[[], bool],
+    *,
+    engine: str = ENGINE,
+) -> Receipt:
+    """Do one shard, or return its receipt if it is published already.
+
+    Args:
+        task: What to do.
+        emit: Receives ``ShardStarted`` and a few ``ShardProgress`` a second.
+        cancelled: Asked between steps.
+        engine: Dotted path of the engine's function.
+
+    Raises:
+        MergeError: Always one of our own; ``internal`` for what nobody foresaw, whose trace is
+            in the worker's log.
+    """
+    progress = _Progress(task, emit)
+    try:
+        device = choose_device(task.device)
+        emit(ShardStarted(*_identity(task), worker=_worker(), device=describe_device(device)))
+        storage = _storage(task.storage_roots)
+        work = task.work
+        receipt = read_receipt(storage, work.output_uri, work.plan_digest, work.shard.file_name)
+        if receipt is None:
+            run: Callable[..., Receipt] = pkgutil.resolve_name(engine)
+            receipt = run(
+                work, storage, device=device, on_progress=progress.update, cancelled=cancelled
+            )
+            progress.flush()
+        return receipt
+    except MergeError:
+        raise
+    except Exception as error:
+        raise _unexpected(error, task, progress.tensor_name()) from error
+
+
+def finish_task(
+    task: ShardTask,
+    emit: Callable[[PoolEvent], None],
+    cancelled: Callable[[], bool],
+    *,
+    engine: str = ENGINE,
+) -> ShardDone | ShardFailed:
+    """:func:`run_task` with its end as an event; writes the one log line of the shard."""
+    log = structlog.get_logger(__name__).bind(
+        job_id=task.job_id, shard_index=task.work.shard.index, attempt=task.attempt
+    )
+    begin = time.monotonic()
+    try:
+        receipt = run_task(task, emit, cancelled, engine=engine)
+    except MergeError as error:
+        log.warning(
+            "shard_failed",
+            code=error.code,
+            detail=error.detail,
+            duration_seconds=round(time.monotonic() - begin, 3),
+            exc_info=error.__cause__ if error.code == MergeError.default_code else None,
+        )
+        return ShardFailed(*_identity(task), error=error.to_dict())
+    log.info(
+        "shard_done",
+        bytes_read=receipt.bytes_read,
+        bytes_written=receipt.size,
+        duration_seconds=round(time.monotonic() - begin, 3),
+    )
+    return ShardDone(*_identity(task), receipt=receipt)
+
+
+class _Progress:
+    """Passes on a few of the engine's counts a second, and the last ones in any case."""
+
+    def __init__(self, task: ShardTask, emit: Callable[[PoolEvent], None]) -> None:
+        self._task = task
+        self._emit = emit
+        self._latest: Any = None
+        self._sent: Any = None
+        self._next = 0.0
+
+    def update(self, counts: Any) -> None:
+        """Take the engine's counts (``ShardCounts``); called by the thread that solves."""
+        self._latest = counts
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _SECONDS_BETWEEN_PROGRESS
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the latest counts if they have not been sent."""
+        counts = self._latest
+        if counts is self._sent:
+            return
+        self._sent = counts
+        self._emit(
+            ShardProgress(
+                *_identity(self._task),
+                tensors_fetched=counts.tensors_fetched,
+                tensors_solved=counts.tensors_solved,
+                tensors_written=counts.tensors_written,
+                bytes_read=counts.bytes_read,
+                bytes_written=counts.bytes_written,
+                worker=_worker(),
+            )
+        )
+
+    def tensor_name(self) -> str | None:
+        """The tensor that is being solved: problems are solved in file order."""
+        problems = self._task.work.shard.problems
+        solved = self._latest.tensors_solved if self._latest is not None else 0
+        return problems[solved].tensor_name if solved < len(problems) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _storage(roots: tuple[str, ...]) -> Storage:
+    """One storage per process and set of roots, so that connections outlive a task."""
+    return open_storage(roots)
+
+
+def _identity(task: ShardTask) -> tuple[str, int, int]:
+    return (task.job_id, task.work.shard.index, task.attempt)
+
+
+def _worker() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def _unexpected(error: Exception, task: ShardTask, tensor_name: str | None) -> MergeError:
+    where = f"shard {task.work.shard.index} ({task.work.shard.file_name})"
+    context: dict[str, object] = {"file_name": task.work.shard.file_name, "worker": _worker()}
+    if tensor_name is not None:
+        where = f"tensor {tensor_name!r} of {where}"
+        context["tensor_name"] = tensor_name
+    if _is_out_of_memory(error):
+        return WorkerError(
+            f"Memory ran out at {where}. Plan with a smaller memory_budget, or give each task"
+            " more memory (fewer tasks per machine or per GPU).",
+            code="out_of_memory",
+            context=context,
+        )
+    return MergeError(
+        f"An unexpected {type(error).__name__} stopped {where}; this is a defect of Mergeyard."
+        f" The log of worker {_worker()} has the trace.",
+        context=context,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Compared by name and text, since torch has no common class: CUDA raises its own
+    # OutOfMemoryError and the CPU allocator a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
