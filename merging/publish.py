@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +86,8 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
 def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:
     """The report, if exactly this plan's checkpoint is already complete at its output.
 
-    A process that died between publishing and recording it finds its work done.
+    A process that died between publishing and recording it finds its work done; what it did not
+    come to sweep is swept.
     """
     try:
         storage.stat(f"{plan.output_uri}/{INDEX_NAME}")
@@ -94,7 +96,10 @@ def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:
         if error.code == "not_found":
             return None
         raise
-    return report if report.get("plan_digest") == plan.digest else None
+    if report.get("plan_digest") != plan.digest:
+        return None
+    _sweep(plan, storage)
+    return report
 
 
 def read_report(storage: Storage, output_uri: str) -> dict[str, Any]:
@@ -118,13 +123,17 @@ def _weight_index(plan: Plan) -> dict[str, Any]:
 
 
 def _sweep(plan: Plan, storage: Storage) -> None:
-    """Remove the workspace, and weight files of a checkpoint that this one replaced."""
+    """Remove the workspace, and weight files of a checkpoint that this one replaced.
+
+    The checkpoint is complete by now: what cannot be removed does it no harm.
+    """
     ours = {shard.file_name for shard in plan.shards}
-    for item in storage.list(plan.output_uri):
-        name = item.uri[len(plan.output_uri) + 1 :]
-        stale = plan.overwrite and name.endswith(".safetensors") and "/" not in name
-        if name.startswith(f"{WORKSPACE}/") or (stale and name not in ours):
-            storage.delete(item.uri)
+    with contextlib.suppress(StorageError):
+        for item in storage.list(plan.output_uri):
+            name = item.uri[len(plan.output_uri) + 1 :]
+            stale = plan.overwrite and name.endswith(".safetensors") and "/" not in name
+            if name.startswith(f"{WORKSPACE}/") or (stale and name not in ours):
+                storage.delete(item.uri)
 
 
 def _json(value: Any) -> bytes:

@@ -28,6 +28,9 @@ from workers.ray_wire import RayOptions
 
 _HEARTBEAT_SECONDS = 2.0
 
+_LONGEST_RAY_FOLDER = 40
+"""Ray's sockets lie some 65 characters deeper, and Unix allows 107; else Ray goes to /tmp."""
+
 _ABORT_SECONDS = 20
 """How long cancelled shards may take to end; a lease that is left then lapses by itself."""
 
@@ -88,7 +91,13 @@ def _open_store(settings: Settings) -> SqlJobStore:
 def _make_pool(settings: Settings) -> ShardPool:
     if settings.pool == "local":
         return LocalPool(settings.local_workers)
-    return RayPool(RayOptions(address=settings.ray_address, num_cpus=settings.ray_num_cpus))
+    folder = str(settings.data_dir / "ray")
+    options = RayOptions(
+        address=settings.ray_address,
+        num_cpus=settings.ray_num_cpus,
+        temp_dir=folder if len(folder) <= _LONGEST_RAY_FOLDER else None,
+    )
+    return RayPool(options)
 
 
 def _make_runner(settings: Settings, store: SqlJobStore, pool: ShardPool) -> Runner:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from merging.errors import CheckpointError, PlanError
+from merging.errors import CheckpointError, PlanError, StorageError
 from merging.execute.shard import run_shard
 from merging.local_run import run_plan
 from merging.publish import find_published, prepare_output, publish, read_report
@@ -166,3 +166,16 @@ def test_a_missing_receipt_is_named(family, tmp_path):
     receipt = run_shard(plan.work(0, plan.digest), storage)
     with pytest.raises(CheckpointError, match=r"receipts for \[0\]"):
         publish(plan, [receipt], storage)
+
+
+def test_what_cannot_be_swept_does_not_fail_a_complete_merge(family, tmp_path):
+    class Stubborn(Journal):
+        def delete(self, uri):
+            raise StorageError(f"{uri} may not be deleted.", code="denied")
+
+    storage = Stubborn(open_storage())
+    plan = plan_merge(family, "linear", storage, tmp_path / "out")
+    report = run_plan(plan, storage)
+    assert (tmp_path / "out" / ".mergeyard").exists()
+    assert find_published(plan, open_storage()) == report
+    assert not (tmp_path / "out" / ".mergeyard").exists()
