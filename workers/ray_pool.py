@@ -19,7 +19,7 @@ import structlog
 
 from merging.errors import MergeError, WorkerError
 from workers.in_flight import InFlight, cancelled_error, drain
-from workers.messages import PoolEvent, ShardTask
+from workers.messages import PoolEvent, ShardFailed, ShardTask
 from workers.ray_wire import (
     Cancel,
     Command,
@@ -142,7 +142,8 @@ class RayPool:
         """Take in what the driver said, waiting up to ``timeout`` seconds for something."""
         for driver, notice in drain(self._notices, timeout):
             if isinstance(notice, PoolEvent):
-                self._ready.extend(self._in_flight.accept_all([notice]))
+                event = _told_as_cancelled(notice) if self._closed else notice
+                self._ready.extend(self._in_flight.accept_all([event]))
             elif driver is not self._driver:
                 continue  # the last words of one that was given up
             elif isinstance(notice, Slots):
@@ -251,6 +252,13 @@ class _DriverProcess:
         with self._process.stderr as stderr:
             for line in stderr:
                 log.info("ray_message", text=line.decode(errors="replace").rstrip())
+
+
+def _told_as_cancelled(event: PoolEvent) -> PoolEvent:
+    """While a pool closes, a worker is lost because it was told to end."""
+    if isinstance(event, ShardFailed) and event.error["code"] == WorkerError.default_code:
+        return msgspec.structs.replace(event, error=cancelled_error().to_dict())
+    return event
 
 
 def _ray_environment(options: RayOptions) -> dict[str, str]:
