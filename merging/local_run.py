@@ -8,7 +8,7 @@ from typing import Any
 from merging.execute.shard import ShardCounts, run_shard
 from merging.plan.plan import Plan
 from merging.publish import prepare_output, publish
-from merging.receipts import read_receipt
+from merging.receipts import Receipt, read_receipt
 from merging.storage.base import Storage
 
 
@@ -18,6 +18,7 @@ def run_plan(
     *,
     device: str = "cpu",
     on_progress: Callable[[int, ShardCounts], None] | None = None,
+    engine: Callable[..., Receipt] = run_shard,
 ) -> dict[str, Any]:
     """Run a plan shard by shard; shards that an interrupted run published are taken over.
 
@@ -26,6 +27,7 @@ def run_plan(
         storage: Where inputs are and the output goes.
         device: Torch device that solves.
         on_progress: Called with the shard's index and its counts.
+        engine: Produces a shard; called as :func:`merging.execute.shard.run_shard`.
 
     Returns:
         The merge report.
@@ -39,7 +41,7 @@ def run_plan(
     for shard in plan.shards:
         receipt = read_receipt(storage, plan.output_uri, digest, shard.file_name)
         if receipt is None:
-            receipt = run_shard(
+            receipt = engine(
                 plan.work(shard.index, digest),
                 storage,
                 device=device,

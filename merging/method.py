@@ -14,11 +14,11 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merging.errors import RecipeError
 
@@ -38,6 +38,19 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    recipe_wide: ClassVar[frozenset[str]] = frozenset()
+    """Names whose value is one for the whole recipe, and used up when the merge is planned."""
+
+    @classmethod
+    def preset_values(cls, name: str | None) -> Mapping[str, Any]:
+        """What a preset sets; nothing unless the model has presets."""
+        del name
+        return {}
+
+
+Presets = Mapping[str, Mapping[str, Any]]
+"""Values of parameters by the name of a published setting."""
+
 
 class NoParameters(Parameters):
     """A method, or the experts of a method, without parameters."""
@@ -45,6 +58,8 @@ class NoParameters(Parameters):
 
 class TouchParameters(Parameters):
     """What every method's recipe-level parameters start with: which tensors it merges."""
+
+    recipe_wide: ClassVar[frozenset[str]] = frozenset({"touch", "rest"})
 
     touch: str | tuple[str, ...] | None = Field(
         default=None,
@@ -73,6 +88,41 @@ class TouchParameters(Parameters):
         return touch
 
 
+class UpdateParameters(TouchParameters):
+    """Recipe-level parameters of methods that solve for one update of a layer."""
+
+    scale: float = Field(
+        default=1.0, description="Factor on the merged update before it is added to the base."
+    )
+
+
+class PresetParameters(UpdateParameters):
+    """Recipe-level parameters that have published settings.
+
+    A subclass lists these in ``presets`` and their names in the type of ``preset``. A preset fills
+    in what the recipe leaves out before anything is validated, so that plans hold the values and
+    not the name.
+    """
+
+    recipe_wide: ClassVar[frozenset[str]] = UpdateParameters.recipe_wide | {"preset"}
+    presets: ClassVar[Presets] = {}
+
+    @classmethod
+    def preset_values(cls, name: str | None) -> Mapping[str, Any]:
+        """What a preset sets; nothing for None or an unknown name."""
+        return cls.presets.get(name or "", {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("preset")
+        filled = {**cls.preset_values(name if isinstance(name, str) else None), **values}
+        # To a model that looks at its input first, JSON's lists no longer are tuples.
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in filled.items()}
+
+
 class TaskVectorParameters(TouchParameters):
     """Recipe-level parameters of methods that add a combination of task vectors to the base."""
 
@@ -99,6 +149,19 @@ class WeightParameters(Parameters):
         default=1.0,
         description="Factor on this expert in the sum; 0 leaves it out, a negative one subtracts.",
     )
+
+
+Precision = Annotated[
+    Literal["highest", "high", "medium"],
+    Field(
+        description=(
+            "Of the iteration's products on a GPU: 'highest' is float32; 'high' splits operands"
+            " over bfloat16 tensor cores, at nearly float32's accuracy; 'medium' is TF32. A CPU"
+            " computes in float32 whatever it says. Sums over experts are always float32."
+        ),
+    ),
+]
+"""The parameter of iterative methods that says how exactly they multiply."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,9 @@ ByteSize = Annotated[int, BeforeValidator(parse_size)]
 class MergeOptions(BaseModel):
     """How to run a merge.
 
-    The memory budget bounds the tensor buffers of one worker; the largest single problem may
-    need more, which the plan refuses with the figure that it needs.
+    The budgets bound the tensor buffers of one worker. A tensor that does not fit them is solved in
+    blocks of rows where its method allows that; what does not fit even then is refused by the plan
+    with the figure that it needs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,14 @@ class MergeOptions(BaseModel):
     )
     memory_budget: ByteSize = Field(
         default=4 << 30, ge=1 << 20, description="Host bytes of tensor buffers per worker ('4GiB')."
+    )
+    device_memory_budget: ByteSize | None = Field(
+        default=None,
+        ge=1 << 20,
+        description=(
+            "GPU bytes per worker ('70GiB'). With it the plan is for workers with such a GPU: what"
+            " solving takes must fit there, and host memory holds inputs and results only."
+        ),
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of random methods.")
     threads: int = Field(

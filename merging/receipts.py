@@ -12,6 +12,7 @@ import msgspec
 
 from merging.errors import StorageError
 from merging.plan.plan import WORKSPACE
+from merging.rates import Rates
 from merging.storage.base import Storage
 
 _LIMIT = 64 << 20
@@ -43,6 +44,8 @@ class Receipt(msgspec.Struct, frozen=True):
         device: Where it was solved (``cpu``, ``cuda:0 NVIDIA …``).
         worker: Which process did it.
         problems: Figures per tensor, in file order.
+        busy_seconds: Wall time in which bytes were moving, beside the solving: ``read``, ``write``.
+        rates: What was known of the worker's speed when it began; None if nothing was.
     """
 
     plan_digest: str
@@ -58,6 +61,8 @@ class Receipt(msgspec.Struct, frozen=True):
     device: str
     worker: str
     problems: tuple[ProblemFigures, ...]
+    busy_seconds: dict[str, float] = {}
+    rates: Rates | None = None
 
 
 def workspace_uri(output_uri: str, plan_digest: str) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from statistics import fmean
 from typing import Any
 
+import msgspec
 import yaml
 
 from merging.method import get_method
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, Problem
+from merging.plan.tensors import shorten_list
+from merging.plan.timing import shard_seconds
 from merging.receipts import Receipt
 
 REPORT_NAME = "merge_report.json"
 CARD_NAME = "README.md"
+
+_NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 def engine_versions() -> dict[str, str]:
@@ -34,7 +41,9 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """The merge report as a JSON object.
 
     The output's ``digest`` covers names and SHA-256 of all weight files: equal digests mean equal
-    weights.
+    weights. ``seconds`` are sums over shards as the solving threads saw them (``fetch`` and
+    ``write``: waiting), ``busy_seconds`` those in which bytes moved beside the solving, and
+    ``estimate`` what the workers' rates let expect of both; null if nothing was known.
 
     Args:
         plan: The plan.
@@ -44,9 +53,6 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     for receipt in receipts:
         digest.update(f"{receipt.file_name} {receipt.sha256}\n".encode())
     planned = {p.tensor_name: p for shard in plan.shards for p in shard.problems}
-    stages = Counter[str]()
-    for receipt in receipts:
-        stages.update(receipt.seconds)
     return {
         "object": "merge_report",
         "recipe": plan.recipe,
@@ -66,11 +72,14 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "read_requests": sum(receipt.read_requests for receipt in receipts),
         "flops_planned": plan.totals.flops,
-        "seconds": {stage: round(seconds, 3) for stage, seconds in stages.items()},
+        "totals": _totals(receipts, planned),
+        "seconds": _sum_seconds(receipt.seconds for receipt in receipts),
+        "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),
+        "estimate": _estimate(plan, receipts),
         "peak_buffer_bytes": max((r.peak_buffer_bytes for r in receipts), default=0),
         "devices": sorted({receipt.device for receipt in receipts}),
         "workers": sorted({receipt.worker for receipt in receipts}),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *_warnings_of_tensors(receipts)],
         "versions": engine_versions(),
         "tensors": [
             {
@@ -87,6 +96,59 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
             for figure in receipt.problems
         ],
     }
+
+
+def _totals(receipts: Sequence[Receipt], planned: Mapping[str, Problem]) -> dict[str, Any]:
+    """Sums over what was done, and the mean of what solving layers gained."""
+    figures = [figure for receipt in receipts for figure in receipt.problems]
+    removed = [
+        figure.figures["interference_removed"]
+        for figure in figures
+        if "interference_removed" in figure.figures
+    ]
+    return {
+        "tensors": len(figures),
+        "flops": sum(
+            figure.figures.get("flops", planned[figure.tensor_name].flops) for figure in figures
+        ),
+        "layers_solved": len(removed),
+        "interference_removed": fmean(removed) if removed else None,
+    }
+
+
+def _sum_seconds(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    stages = Counter[str]()
+    for part in parts:
+        stages.update(part)
+    return {stage: round(seconds, 3) for stage, seconds in stages.items()}
+
+
+def _estimate(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, float] | None:
+    """What the rates that each worker knew when it began let expect of its shard, summed up."""
+    found = []
+    for receipt in receipts:
+        shard = plan.shards[receipt.shard_index]
+        stages = shard_seconds(plan, shard, receipt.rates) if receipt.rates else None
+        if stages is None:
+            return None
+        found.append(msgspec.to_builtins(stages))
+    return _sum_seconds(found)
+
+
+def _warnings_of_tensors(receipts: Sequence[Receipt]) -> list[str]:
+    """What methods warned of, each kind once: texts that differ in their figures are one kind."""
+    kinds: dict[str, tuple[str, list[str]]] = {}
+    for receipt in receipts:
+        for figure in receipt.problems:
+            for text in figure.figures.get("warnings", ()):
+                _, names = kinds.setdefault(_NUMBER.sub("#", text), (text, []))
+                names.append(figure.tensor_name)
+    return [
+        f"{names[0]}: {text}"
+        if len(names) == 1
+        else f"{len(names)} tensors ({shorten_list(names)}), with figures of the first: {text}"
+        for text, names in kinds.values()
+    ]
 
 
 def model_card(plan: Plan, report: dict[str, Any]) -> str:

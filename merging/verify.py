@@ -5,14 +5,89 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import msgspec
+
+from merging.checkpoint.documents import shorten_all
 from merging.checkpoint.header import read_header
 from merging.checkpoint.index import WeightFile
-from merging.errors import CheckpointError
+from merging.errors import CheckpointError, StorageError
 from merging.plan.plan import Plan, Shard
 from merging.receipts import Receipt
+from merging.report import REPORT_NAME
 from merging.storage.base import Storage
 
 _READ_BYTES = 16 << 20
+_REPORT_LIMIT_BYTES = 256 << 20
+
+
+class WrittenFile(msgspec.Struct, frozen=True):
+    """A weight file as a merge report tells of it."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class _Output(msgspec.Struct):
+    files: tuple[WrittenFile, ...]
+
+
+class _Report(msgspec.Struct):
+    output: _Output
+
+
+def verify_published(checkpoint_uri: str, storage: Storage) -> tuple[WrittenFile, ...]:
+    """Read a published checkpoint again, wherever it is now, and compare it with its merge report.
+
+    Args:
+        checkpoint_uri: Its folder.
+        storage: Where that is.
+
+    Returns:
+        The weight files, every byte of which is as it was written.
+
+    Raises:
+        CheckpointError: ``missing_file``: no merge report is there, or none that can be read;
+            ``digest_mismatch``, naming the file.
+        StorageError: Something cannot be read.
+    """
+    uri = storage.normalise(checkpoint_uri)
+    files = _read_report(uri, storage).output.files
+    for written in files:
+        stat = storage.stat(f"{uri}/{written.name}")
+        found = _digest(WeightFile(stat.uri, stat.size, stat.version), storage)
+        if found != written.sha256:
+            raise CheckpointError(
+                f"{stat.uri} ({stat.size} bytes) reads back with SHA-256 {found}; the merge report"
+                f" says {written.sha256} ({written.size} bytes). It was changed or damaged: copy"
+                " it again from where it is whole, or merge again.",
+                code="digest_mismatch",
+                context={"uri": stat.uri},
+            )
+    return files
+
+
+def _read_report(uri: str, storage: Storage) -> _Report:
+    report_uri = f"{uri}/{REPORT_NAME}"
+    try:
+        data = storage.read_bytes(report_uri, limit=_REPORT_LIMIT_BYTES)
+        report = msgspec.json.decode(data, type=_Report)
+    except StorageError as error:
+        if error.code != "not_found":
+            raise
+        reason = "is not there"
+    except msgspec.MsgspecError as error:
+        reason = f"cannot be read ({error})"
+    else:
+        strange = [file.name for file in report.output.files if "/" in file.name]
+        if not strange:
+            return report
+        reason = f"names files in other folders ({shorten_all(strange)})"
+    raise CheckpointError(
+        f"{report_uri} {reason}: only a checkpoint that Mergeyard published can be verified.",
+        code="missing_file",
+        context={"uri": report_uri},
+    )
 
 
 def verify_output(
@@ -67,16 +142,22 @@ def _compare_header(shard: Shard, file: WeightFile, storage: Storage) -> None:
 
 
 def _compare_digest(file: WeightFile, receipt: Receipt, storage: Storage) -> None:
+    found = _digest(file, storage)
+    if found != receipt.sha256:
+        raise CheckpointError(
+            f"{file.uri} reads back with SHA-256 {found}, written was {receipt.sha256}. The storage"
+            " damaged it; run the merge again.",
+            code="digest_mismatch",
+            context={"uri": file.uri},
+        )
+
+
+def _digest(file: WeightFile, storage: Storage) -> str:
+    """SHA-256 of a whole file, in hex."""
     digest = hashlib.sha256()
     buffer = bytearray(min(_READ_BYTES, file.size))
     for start in range(0, file.size, _READ_BYTES):
         part = memoryview(buffer)[: min(_READ_BYTES, file.size - start)]
         storage.read_into(file.uri, start, part, version=file.version)
         digest.update(part)
-    if digest.hexdigest() != receipt.sha256:
-        raise CheckpointError(
-            f"{file.uri} reads back with SHA-256 {digest.hexdigest()}, written was"
-            f" {receipt.sha256}. The storage damaged it; run the merge again.",
-            code="digest_mismatch",
-            context={"uri": file.uri},
-        )
+    return digest.hexdigest()

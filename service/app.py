@@ -20,6 +20,7 @@ from service.api.errors import install_error_handlers
 from service.api.objects import Problem
 from service.auth import Authenticator
 from service.feed import POLL_SECONDS, EventFeed
+from service.forecast import Forecast
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
@@ -44,6 +45,7 @@ def create_app(
     checks: Sequence[ReadinessCheck] = (),
     stopping: threading.Event | None = None,
     poll_seconds: float = POLL_SECONDS,
+    forecast: Forecast | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -55,6 +57,7 @@ def create_app(
         checks: What must be well for ``/readyz``, besides the job store.
         stopping: Set by whoever ends the server; event streams end soon after.
         poll_seconds: How often the store is asked for events of watched jobs.
+        forecast: Says how long a plan should take; by default nothing is known.
     """
     version = metadata.version("mergeyard")
     services = Services(
@@ -63,6 +66,7 @@ def create_app(
         storage=storage,
         clock=clock,
         feed=EventFeed(store, poll_seconds=poll_seconds),
+        forecast=forecast or Forecast(),
         metrics=Metrics(version),
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),

@@ -15,6 +15,7 @@ from merging.errors import MergeError
 if TYPE_CHECKING:
     from merging.options import MergeOptions
     from merging.plan.plan import Plan
+    from merging.storage.base import Storage
     from service.client import Client
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file (YAML or JSON); - for stdin.")]
+JobArgument = Annotated[str, typer.Argument(help="Id of the job.")]
 OutputOption = Annotated[str, typer.Option("--output", "-o", help="Folder, file:// or s3:// URI.")]
 UrlOption = Annotated[
     str, typer.Option(envvar="MERGEYARD_URL", help="Address of the service.", show_default=True)
@@ -36,6 +38,9 @@ TokenOption = Annotated[
 ]
 ShardSizeOption = Annotated[str, typer.Option(help="Largest output file, as in 5GB.")]
 BudgetOption = Annotated[str, typer.Option(help="Host memory for tensor buffers, as in 4GiB.")]
+DeviceBudgetOption = Annotated[
+    str | None, typer.Option(help="GPU memory for tensor buffers, as in 70GiB.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of random methods.")]
 ThreadsOption = Annotated[int, typer.Option(help="Torch threads per shard.")]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace a checkpoint at the output.")]
@@ -45,29 +50,46 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Entry point: one clear line on bad input, never a trace."""
-    from service.client import ApiError
-
     try:
         app()
     except MergeError as error:
-        _fail(error.detail, [fault.to_dict() for fault in error.faults])
-    except ApiError as error:
-        _fail(str(error), error.problem.get("errors") or [])
-    except KeyboardInterrupt:
-        _fail("interrupted", [], status=130)
-    except BrokenPipeError:
-        os._exit(141)
-    sys.exit(0)
+        _fail(error)
 
 
-def _fail(detail: str, faults: list[dict[str, Any]], status: int = 1) -> NoReturn:
-    print(f"error: {detail}", file=sys.stderr)
-    for fault in faults:
-        where = f"{fault['pointer']}: " if fault.get("pointer") else ""
-        print(f"  - {where}{fault.get('detail', '')}", file=sys.stderr)
-    sys.exit(status)
+def _fail(error: MergeError) -> NoReturn:
+    """Print an error, and those of its faults that its own line does not tell already."""
+    print(f"error: {error.detail}", file=sys.stderr)
+    for fault in error.faults:
+        if fault.detail not in error.detail:
+            where = f"{fault.pointer}: " if fault.pointer else ""
+            print(f"  - {where}{fault.detail}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_version(is_wanted: bool) -> None:
+    from importlib import metadata
+
+    if is_wanted:
+        print(f"mergeyard {metadata.version('mergeyard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _accept_root_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """``--version`` is dealt with by its callback."""
+
+
+# -- in this process
 
 
 def _read_recipe(path: str) -> str:
@@ -79,7 +101,9 @@ def _read_recipe(path: str) -> str:
     except OSError as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"The recipe {path} is not UTF-8 text.") from error
+        raise RecipeError(
+            f"The recipe {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def _options(**values: Any) -> MergeOptions:
@@ -91,13 +115,20 @@ def _options(**values: Any) -> MergeOptions:
     try:
         return MergeOptions(**values)
     except ValidationError as error:
-        faults = [
-            Fault(f"--{item['loc'][0]}".replace("_", "-"), "bad_parameter", str(item["msg"]))
-            for item in error.errors()
-        ]
-        raise RecipeError(
-            f"{len(faults)} option(s) cannot be used.", code="bad_parameter", faults=faults
-        ) from error
+        faults = []
+        for item in error.errors():
+            option = f"--{item['loc'][0]}".replace("_", "-")
+            reason = item["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+            faults.append(Fault("", "bad_parameter", f"{option}: {reason}."))
+        detail = faults[0].detail if len(faults) == 1 else f"{len(faults)} options cannot be used."
+        raise RecipeError(detail, code="bad_parameter", faults=faults) from error
+
+
+def _make_plan(recipe: str, output: str, options: MergeOptions, storage: Storage) -> Plan:
+    from merging.plan.planner import make_plan
+    from merging.recipe import parse_recipe
+
+    return make_plan(parse_recipe(_read_recipe(recipe)), storage, options, output)
 
 
 @app.command()
@@ -107,27 +138,30 @@ def merge(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_shard_size: ShardSizeOption = "5GB",
     memory_budget: BudgetOption = "4GiB",
+    device_memory_budget: DeviceBudgetOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
 ) -> None:
-    """Merge in this process, without a service or a cluster."""
+    """Merge in this process, without a service or a cluster; prints the output and its digest."""
     from merging.local_run import run_plan
     from merging.storage.router import open_storage
-    from service.console import plan_progress
+    from service.console import plan_progress, warn
     from workers.accelerator import choose_device
 
     options = _options(
         max_shard_size=max_shard_size,
         memory_budget=memory_budget,
+        device_memory_budget=device_memory_budget,
         seed=seed,
         threads=threads,
         overwrite=overwrite,
         check_finite=check_finite,
     )
     storage = open_storage()
-    plan = _make_plan(recipe, output, options)
+    plan = _make_plan(recipe, output, options, storage)
+    warn(plan.warnings)
     chosen = choose_device(device)
     with plan_progress(plan) as on_progress:
         report = run_plan(plan, storage, device=chosen, on_progress=on_progress)
@@ -136,32 +170,45 @@ def merge(
     print(result["digest"])
 
 
-def _make_plan(recipe: str, output: str, options: MergeOptions) -> Plan:
-    from merging.plan.planner import make_plan
-    from merging.recipe import parse_recipe
-    from merging.storage.router import open_storage
-
-    return make_plan(parse_recipe(_read_recipe(recipe)), open_storage(), options, output)
-
-
 @app.command()
 def plan(
     recipe: RecipeArgument,
     output: OutputOption,
     max_shard_size: ShardSizeOption = "5GB",
     memory_budget: BudgetOption = "4GiB",
+    device_memory_budget: DeviceBudgetOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a merge would read, compute and write; reads headers only."""
     from merging.plan.summary import plan_summary
+    from merging.storage.router import open_storage
     from service.console import print_plan
 
-    options = _options(max_shard_size=max_shard_size, memory_budget=memory_budget)
-    summary = plan_summary(_make_plan(recipe, output, options))
+    options = _options(
+        max_shard_size=max_shard_size,
+        memory_budget=memory_budget,
+        device_memory_budget=device_memory_budget,
+        overwrite=overwrite,
+    )
+    summary = plan_summary(_make_plan(recipe, output, options, open_storage()))
     if as_json:
-        print(json.dumps(summary, indent=2))
+        _print_json(summary)
     else:
         print_plan(summary)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="A merged checkpoint: folder or s3:// URI.")],
+) -> None:
+    """Read a merged checkpoint again and compare every weight file with its merge report."""
+    from merging.storage.router import open_storage
+    from merging.verify import verify_published
+
+    files = verify_published(checkpoint, open_storage())
+    size = sum(file.size for file in files)
+    print(f"{checkpoint}  {size} bytes in {len(files)} files are as they were written")
 
 
 @app.command()
@@ -175,11 +222,14 @@ def methods(
 
     if as_json:
         found = [get_method(name)] if name else list(all_methods().values())
-        print(json.dumps([method.describe() for method in found], indent=2))
+        _print_json([method.describe() for method in found])
     elif name:
         print_method(get_method(name))
     else:
         print_methods(list(all_methods().values()))
+
+
+# -- the service
 
 
 @app.command()
@@ -217,21 +267,31 @@ def submit(
     token_file: TokenOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     memory_budget: BudgetOption = "4GiB",
+    device_memory_budget: DeviceBudgetOption = None,
     seed: SeedOption = 0,
+    threads: ThreadsOption = 1,
     overwrite: OverwriteOption = False,
+    check_finite: FiniteOption = True,
     label: Annotated[list[str] | None, typer.Option(help="key=value; repeatable.")] = None,
     watch_it: Annotated[bool, typer.Option("--watch", help="Stay and show progress.")] = False,
 ) -> None:
-    """Submit a merge to the service; prints the job's id."""
+    """Submit a merge to the service; prints the job's id.
+
+    Paths in the recipe and of the output are those of the service's machine.
+    """
     options = {
         "max_shard_size": max_shard_size,
         "memory_budget": memory_budget,
+        "device_memory_budget": device_memory_budget,
         "seed": seed,
+        "threads": threads,
         "overwrite": overwrite,
+        "check_finite": check_finite,
     }
+    labels = _labels(label)
     with _client(url, token_file) as client:
-        job = client.submit(_read_recipe(recipe), output, options=options, labels=_labels(label))
-        print(job["id"])
+        job = client.submit(_read_recipe(recipe), output, options=options, labels=labels)
+        print(job["id"], flush=True)
         if watch_it:
             _watch(client, job["id"])
 
@@ -241,7 +301,7 @@ def jobs(
     url: UrlOption = DEFAULT_URL,
     token_file: TokenOption = None,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """List jobs, newest first."""
@@ -250,13 +310,15 @@ def jobs(
     with _client(url, token_file) as client:
         found = client.jobs(limit=limit, state=state)
     if as_json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
     else:
         print_jobs(found)
 
 
 @app.command()
-def watch(job_id: str, url: UrlOption = DEFAULT_URL, token_file: TokenOption = None) -> None:
+def watch(
+    job_id: JobArgument, url: UrlOption = DEFAULT_URL, token_file: TokenOption = None
+) -> None:
     """Follow a job until it ends; the exit status says how it ended."""
     with _client(url, token_file) as client:
         _watch(client, job_id)
@@ -264,7 +326,7 @@ def watch(job_id: str, url: UrlOption = DEFAULT_URL, token_file: TokenOption = N
 
 @app.command()
 def cancel(
-    job_id: str,
+    job_id: JobArgument,
     url: UrlOption = DEFAULT_URL,
     token_file: TokenOption = None,
     now: Annotated[bool, typer.Option("--now", help="End worker processes at once.")] = False,
@@ -276,14 +338,16 @@ def cancel(
 
 
 def _watch(client: Client, job_id: str) -> None:
+    from service.client import ApiError
     from service.console import follow_job
 
     job = follow_job(client, job_id)
     if job["state"] == "succeeded":
-        print(f"succeeded  {(job['output'] or {}).get('uri', '')}")
+        print(f"succeeded  {job['output']['uri']}")
         return
-    error = job.get("error") or {}
-    _fail(f"job {job['state']}: {error.get('detail', '')}", error.get("errors") or [])
+    error = job["error"] or {}
+    reason = f": {error['detail']}" if error else ""
+    raise ApiError({**error, "detail": f"job {job_id} {job['state']}{reason}"})
 
 
 def _labels(pairs: list[str] | None) -> dict[str, str]:
@@ -298,18 +362,21 @@ def _labels(pairs: list[str] | None) -> dict[str, str]:
 
 def _client(url: str, token_file: Path | None) -> Client:
     from service.client import ApiError, Client
-    from service.settings import load_settings
+    from service.settings import default_data_dir
 
     token = os.environ.get("MERGEYARD_TOKEN", "")
-    path = token_file or load_settings().data_dir / "admin-token"
     if not token:
+        data_dir = Path(os.environ.get("MERGEYARD_DATA_DIR") or default_data_dir())
+        path = token_file or data_dir / "admin-token"
         try:
             token = path.read_text().strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
             raise ApiError(
                 {
+                    "code": "unauthenticated",
                     "detail": f"No token: MERGEYARD_TOKEN is not set and {path} cannot be read"
-                    f" ({error.strerror}). Name the token's file with --token-file."
+                    f" ({reason}). Name the token's file with --token-file.",
                 }
             ) from error
     return Client(url, token)

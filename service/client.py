@@ -17,24 +17,42 @@ from typing import Any, Self
 
 import httpx
 
+from merging.errors import Fault, MergeError
+
 _RECONNECT_SECONDS = 1.0
-_STREAM_SILENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 300.0
+"""How long a stream may find nobody to take it up again: time for a service to be replaced."""
+
+_REQUEST_SECONDS = 60.0
+_STREAM_SILENCE_SECONDS = 60.0  # the service says something every 15
 
 
-class ApiError(Exception):
-    """The service answered with a problem, or could not be reached.
+class ApiError(MergeError):
+    """The service answered with a problem, or could not be reached (code ``unreachable``).
 
     Attributes:
         problem: The problem+json object (``code``, ``detail``, ``errors`` …).
     """
 
     def __init__(self, problem: Mapping[str, Any]) -> None:
-        super().__init__(str(problem.get("detail") or problem.get("title") or "request failed"))
+        super().__init__(
+            str(problem.get("detail") or problem.get("title") or "The request failed."),
+            code=problem.get("code"),
+            faults=[
+                Fault(
+                    str(item.get("pointer") or item.get("parameter") or ""),
+                    str(item.get("code", "")),
+                    str(item.get("detail", "")),
+                )
+                for item in problem.get("errors") or ()
+            ],
+            retryable=bool(problem.get("retryable")),
+        )
         self.problem = dict(problem)
 
 
 class Client:
-    """Talks to one service.
+    """Talks to one service. Every call raises :class:`ApiError`.
 
     Args:
         url: Address of the service, path prefix included.
@@ -45,12 +63,22 @@ class Client:
     def __init__(
         self, url: str, token: str, *, transport: httpx.BaseTransport | None = None
     ) -> None:
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(60.0),
-            transport=transport,
-        )
+        if not (token and token.isascii() and token.isprintable()):
+            raise ApiError(
+                {
+                    "code": "unauthenticated",
+                    "detail": "The token is empty, or has characters that no token has.",
+                }
+            )
+        try:
+            self._http = httpx.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {token}"},
+                timeout=_REQUEST_SECONDS,
+                transport=transport,
+            )
+        except httpx.InvalidURL as error:
+            raise _unreachable(url, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -98,9 +126,11 @@ class Client:
         parameters: dict[str, Any] = {"limit": limit}
         if state:
             parameters["state"] = state
-        data = self._call("GET", "/v1/jobs", params=parameters)["data"]
-        assert isinstance(data, list)
-        return data
+        return self._list("/v1/jobs", parameters)
+
+    def shards(self, job_id: str) -> list[dict[str, Any]]:
+        """The output files of a job, in order, with their progress."""
+        return self._list(f"/v1/jobs/{job_id}/shards", {})
 
     def cancel(self, job_id: str, *, mode: str = "orderly") -> dict[str, Any]:
         """Cancel a job: ``orderly``, or ``now``."""
@@ -117,58 +147,90 @@ class Client:
         """The merge report of a job that succeeded."""
         return self._call("GET", f"/v1/jobs/{job_id}/report")
 
+    def wait(self, job_id: str) -> dict[str, Any]:
+        """Wait until a job has ended, however it did; returns the job."""
+        for _ in self.events(job_id):
+            pass
+        return self.job(job_id)
+
     def events(self, job_id: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """Every event of a job from ``after`` on, live, without gaps, until it is finished.
 
-        A lost connection is taken up again where it broke.
+        A lost connection is taken up again where it broke, for five minutes.
         """
-        last = after
+        last, heard_at = after, time.monotonic()
         while True:
             try:
                 for event in self._stream(job_id, last):
-                    last = event["seq"]
+                    last, heard_at = event["seq"], time.monotonic()
                     yield event
                     if event["type"] == "job.finished":
                         return
-                if self.job(job_id)["is_terminal"] and not self._has_events(job_id, last):
+                if self._is_over(job_id, last):
                     return
-            except httpx.TransportError:
-                pass
+                heard_at = time.monotonic()
+            except ApiError as error:
+                is_lost = error.retryable or error.code == "unreachable"
+                if not is_lost or time.monotonic() - heard_at > _PATIENCE_SECONDS:
+                    raise
             time.sleep(_RECONNECT_SECONDS)
 
-    def _has_events(self, job_id: str, after: int) -> bool:
-        page = self._call("GET", f"/v1/jobs/{job_id}/events", params={"after": after})
-        return bool(page["data"])
+    def _is_over(self, job_id: str, last: int) -> bool:
+        """Whether a stream that ended said everything; a service that stops ends its streams."""
+        if not self.job(job_id)["is_terminal"]:
+            return False
+        return not self._list(f"/v1/jobs/{job_id}/events", {"after": last})
 
     def _stream(self, job_id: str, after: int) -> Iterator[dict[str, Any]]:
         headers = {"Accept": "text/event-stream"}
         if after:
             headers["Last-Event-ID"] = str(after)
         path = f"/v1/jobs/{job_id}/events"
-        timeout = httpx.Timeout(60.0, read=_STREAM_SILENCE_SECONDS)
-        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
-            if response.is_error:
-                response.read()
-            _raise_for_problem(response)
-            for line in response.iter_lines():
-                if line.startswith("data:"):
-                    yield json.loads(line[5:])
+        timeout = httpx.Timeout(_REQUEST_SECONDS, read=_STREAM_SILENCE_SECONDS)
+        try:
+            with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+                if response.is_error:
+                    response.read()
+                _raise_for_problem(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield json.loads(line[5:])
+        except httpx.RequestError as error:
+            raise _unreachable(str(self._http.base_url), error) from error
+
+    def _list(self, path: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._call("GET", path, params=parameters)["data"]
+        return found
 
     def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         try:
             response = self._http.request(method, path, **arguments)
-        except httpx.TransportError as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise _unreachable(str(self._http.base_url), error) from error
+        _raise_for_problem(response)
+        try:
+            result = response.json()
+        except ValueError:
+            result = None
+        if not isinstance(result, dict):
             raise ApiError(
                 {
                     "code": "unreachable",
-                    "detail": f"No service answers at {self._http.base_url} ({error})."
-                    " Start one with 'mergeyard serve', or name another with --url.",
+                    "detail": f"What answers at {response.url} is not Mergeyard: status"
+                    f" {response.status_code} without a JSON object. Name the service with --url.",
                 }
-            ) from error
-        _raise_for_problem(response)
-        result = response.json()
-        assert isinstance(result, dict)
+            )
         return result
+
+
+def _unreachable(url: str, error: Exception) -> ApiError:
+    return ApiError(
+        {
+            "code": "unreachable",
+            "detail": f"No service answers at {url} ({str(error).rstrip('.')})."
+            " Start one with 'mergeyard serve', or name another with --url.",
+        }
+    )
 
 
 def _raise_for_problem(response: httpx.Response) -> None:
@@ -177,5 +239,7 @@ def _raise_for_problem(response: httpx.Response) -> None:
     try:
         problem = response.json()
     except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
         problem = {"detail": f"The server answered {response.status_code} without an explanation."}
-    raise ApiError(problem if isinstance(problem, dict) else {"detail": str(problem)})
+    raise ApiError(problem)

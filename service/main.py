@@ -15,6 +15,7 @@ from merging.storage.router import open_storage
 from service.api.deps import ReadinessCheck
 from service.app import create_app
 from service.auth import prepare_first_token
+from service.forecast import Forecast
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.logs import configure_logging
 from service.runner.loop import Runner
@@ -62,9 +63,16 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         prepare_first_token(store, settings, announce)
         pool = _make_pool(settings)
         stack.callback(pool.close)
-        runner = _make_runner(settings, store, pool)
+        forecast = Forecast(settings.data_dir / "rates.json", settings.device)
+        runner = _make_runner(settings, store, pool, forecast)
         storage = open_storage(settings.storage_roots)
-        app = create_app(settings, store, storage=storage, checks=[_runner_check(runner)])
+        app = create_app(
+            settings,
+            store,
+            storage=storage,
+            checks=[_runner_check(runner)],
+            forecast=forecast,
+        )
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
         runner.start()
         stack.callback(_stop_runner, runner, settings.drain_seconds)
@@ -100,7 +108,9 @@ def _make_pool(settings: Settings) -> ShardPool:
     return RayPool(options)
 
 
-def _make_runner(settings: Settings, store: SqlJobStore, pool: ShardPool) -> Runner:
+def _make_runner(
+    settings: Settings, store: SqlJobStore, pool: ShardPool, forecast: Forecast
+) -> Runner:
     def storage() -> Storage:
         return open_storage(settings.storage_roots)
 
@@ -116,6 +126,7 @@ def _make_runner(settings: Settings, store: SqlJobStore, pool: ShardPool) -> Run
             lease_seconds=settings.lease_seconds,
             heartbeat_seconds=min(_HEARTBEAT_SECONDS, settings.lease_seconds / 4),
         ),
+        forecast=forecast,
     )
 
 

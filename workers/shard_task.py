@@ -29,7 +29,7 @@ from workers.messages import (
     ShardTask,
 )
 
-ENGINE = "merging.execute.shard:run_shard"
+ENGINE = "workers.measured:run_shard"
 """Dotted path of the function that produces a shard; resolved in the worker."""
 
 _SECONDS_BETWEEN_PROGRESS = 0.2
@@ -171,8 +171,8 @@ def _unexpected(error: Exception, task: ShardTask, tensor_name: str | None) -> M
         context["tensor_name"] = tensor_name
     if _is_out_of_memory(error):
         return WorkerError(
-            f"Memory ran out at {where}. Plan with a smaller memory_budget, or give each task"
-            " more memory (fewer tasks per machine or per GPU).",
+            f"Memory ran out at {where}. Plan with a smaller memory_budget (device_memory_budget"
+            " on a GPU), or give each task more memory (fewer tasks per machine or per GPU).",
             code="out_of_memory",
             context=context,
         )

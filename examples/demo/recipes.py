@@ -43,4 +43,5 @@ MERGES = (
     Merge("TIES", "ties", {"density": 0.2}),  # the paper's
     Merge("WUDI", "wudi"),
     Merge("WUDI-CFS", "wudi_cfs"),
+    Merge("SWUDI-A", "swudi_a"),
 )

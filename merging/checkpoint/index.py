@@ -103,14 +103,23 @@ def _list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
     start = len(uri.rstrip("/")) + 1
     listing = {stat.uri[start:]: stat for stat in storage.list(uri)}
     if not listing:
+        found = f"{uri} is a file" if _is_file(storage, uri) else f"There is nothing at {uri}"
         raise StorageError(
-            f"There is nothing at {uri}. A checkpoint is a folder, or an s3:// prefix, that holds"
+            f"{found}. A checkpoint is a folder, or an s3:// prefix, that holds"
             f" config.json and model.safetensors or {INDEX_NAME} with its files. Models of the"
             " Hugging Face hub must be downloaded first.",
             code="not_found",
             context={"uri": uri},
         )
     return listing
+
+
+def _is_file(storage: Storage, uri: str) -> bool:
+    try:
+        storage.stat(uri)
+    except StorageError:
+        return False
+    return True
 
 
 def _join_headers(files: tuple[WeightFile, ...], headers: list[Header]) -> dict[str, TensorEntry]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from merging.dtypes import torch_dtype
 from merging.errors import Cancelled, MergeError
+from merging.execute.busy import BusyClock
 from merging.execute.memory import BufferPool, MemoryBudget
 from merging.execute.pieces import Group, Piece
 from merging.plan.plan import ShardWork, Source
@@ -110,6 +111,7 @@ class Fetcher:
         ]
         self.bytes_read = 0
         self.requests = 0
+        self.busy = BusyClock()
         self._files = work.files
         self._storage = storage
         self._budget = budget
@@ -172,7 +174,8 @@ class Fetcher:
 
     def _read(self, file: int, start: int, target: memoryview) -> None:
         source = self._files[file]
-        self._storage.read_into(source.uri, start, target, version=source.version)
+        with self.busy:
+            self._storage.read_into(source.uri, start, target, version=source.version)
         with self._lock:
             self.bytes_read += len(target)
             self.requests += 1

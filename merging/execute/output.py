@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from merging.errors import MergeError
+from merging.execute.busy import BusyClock
 from merging.execute.memory import MemoryBudget
 from merging.storage.base import ObjectStat, Writer
 
@@ -31,6 +32,7 @@ class ShardFile:
         self._error: BaseException | None = None
         self.bytes_written = 0
         self.bytes_waiting = 0
+        self.busy = BusyClock()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
@@ -67,14 +69,16 @@ class ShardFile:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._writer.commit(), self._hash.hexdigest()
+        with self.busy:
+            return self._writer.commit(), self._hash.hexdigest()
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             try:
                 if self._error is None:
-                    self._hash.update(data)
-                    self._writer.write(data)
+                    with self.busy:
+                        self._hash.update(data)
+                        self._writer.write(data)
                     self.bytes_written += len(data)
             except BaseException as error:  # noqa: BLE001 - handed to the solving thread
                 self._error = error

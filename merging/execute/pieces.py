@@ -83,7 +83,6 @@ def cut_problems(work: ShardWork) -> Iterator[Piece]:
         step = max(entries, 1)
         if method is None or method.separable == "elementwise":
             step = tile_entries(entries, problem.bytes_read, work.memory_budget)
-        sources = (problem.base, *problem.experts) if problem.base else problem.experts
         for start in range(0, max(entries, 1), step):
             end = min(start + step, entries)
             yield Piece(
@@ -92,7 +91,7 @@ def cut_problems(work: ShardWork) -> Iterator[Piece]:
                 start,
                 end,
                 streaming=method is not None and method.streaming,
-                sources=tuple(_entries(source, start, end) for source in sources),
+                sources=tuple(_entries(source, start, end) for source in problem.sources),
             )
 
 
@@ -103,15 +102,22 @@ def _entries(source: Source, start: int, end: int) -> Source:
 
 
 def group_pieces(pieces: Sequence[Piece], memory_budget: int) -> Iterator[Group]:
-    """Join neighbouring pieces while their bytes stay under the plan's ``group_limit``."""
+    """Join neighbouring pieces while their bytes stay under the plan's ``group_limit``.
+
+    Inputs of a whole group stay in memory while any of its pieces is solved, so pieces that take
+    much memory to solve get smaller groups.
+    """
     limit = group_limit(memory_budget)
     current: list[Piece] = []
-    total = 0
+    total = working = 0
     for piece in pieces:
-        if current and total + piece.bytes_read > limit:
+        needed = max(working, piece.workspace_bytes + piece.output_bytes)
+        joined = total + piece.bytes_read
+        if current and (joined > limit or joined + needed > memory_budget - limit):
             yield Group(tuple(current))
-            current, total = [], 0
+            current, joined = [], piece.bytes_read
+            needed = piece.workspace_bytes + piece.output_bytes
         current.append(piece)
-        total += piece.bytes_read
+        total, working = joined, needed
     if current:
         yield Group(tuple(current))

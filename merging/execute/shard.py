@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from merging.errors import Cancelled, PlanError
 from merging.execute.fetch import Fetcher, Unit
-from merging.execute.memory import BufferPool, MemoryBudget
+from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
 from merging.execute.output import ShardFile
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
 from merging.execute.solve import Solver
 from merging.plan.cost import group_limit
 from merging.plan.packing import data_bytes, shard_header
 from merging.plan.plan import PLAN_FORMAT, ShardWork
+from merging.rates import Rates
 from merging.receipts import ProblemFigures, Receipt, write_receipt
 from merging.storage.base import Storage
 
@@ -68,6 +69,7 @@ def run_shard(
     device: str = "cpu",
     on_progress: Callable[[ShardCounts], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    rates: Rates | None = None,
 ) -> Receipt:
     """Produce and publish one shard.
 
@@ -77,6 +79,7 @@ def run_shard(
         device: Torch device that solves.
         on_progress: Called after every piece.
         cancelled: Asked before every piece.
+        rates: What is known of this machine's speed; goes into the receipt.
 
     Returns:
         The receipt, which is already stored beside the output.
@@ -85,7 +88,7 @@ def run_shard(
         Cancelled: ``cancelled`` said so; nothing is left behind.
         StorageError: Reading or writing failed, or a source changed since planning.
         NumericalError: A tensor holds values that are not finite, or a solver failed.
-        PlanError: The plan was made by an incompatible version.
+        PlanError: The plan was made by an incompatible version, or for workers with a GPU.
     """
     import torch
 
@@ -95,12 +98,29 @@ def run_shard(
             " Run the same version of Mergeyard everywhere.",
             code="wrong_version",
         )
+    if device == "cpu":
+        _check_host_memory(work)
+    give_back_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:
-        return _ShardRun(work, storage, device, on_progress, cancelled).run()
+        return _ShardRun(work, storage, device, on_progress, cancelled, rates).run()
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_host_memory(work: ShardWork) -> None:
+    """Refuse what only fits a device: a plan for workers with a GPU counts on its memory."""
+    for piece in cut_problems(work):
+        needed = piece.problem.device_bytes + piece.output_bytes
+        if needed > work.memory_budget:
+            raise PlanError(
+                f"Tensor {piece.problem.tensor_name!r} needs {needed} bytes of host memory when a"
+                f" CPU solves it; the memory budget is {work.memory_budget} bytes. The plan is for"
+                " workers with a GPU (device_memory_budget): run it on such, or plan without.",
+                code="does_not_fit",
+                context={"tensor_name": piece.problem.tensor_name, "needed_bytes": needed},
+            )
 
 
 class _ShardRun:
@@ -113,12 +133,14 @@ class _ShardRun:
         device: str,
         on_progress: Callable[[ShardCounts], None] | None,
         cancelled: Callable[[], bool] | None,
+        rates: Rates | None,
     ) -> None:
         self._work = work
         self._storage = storage
         self._device = device
         self._on_progress = on_progress
         self._cancelled = cancelled
+        self._rates = rates
         self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
         self._solver = Solver(work, device)
         self._budget = MemoryBudget(work.memory_budget)
@@ -158,6 +180,8 @@ class _ShardRun:
                 device=_device_name(self._device),
                 worker=f"{platform.node()}:{os.getpid()}",
                 problems=self._problem_figures(),
+                busy_seconds={"read": fetcher.busy.seconds, "write": file.busy.seconds},
+                rates=self._rates,
             )
             self._report(fetcher, file)
         write_receipt(self._storage, work.output_uri, receipt)

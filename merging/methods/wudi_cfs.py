@@ -12,29 +12,44 @@ pseudo-inverse; an expert equal to the base takes no part in a layer.
 Needs the base model. Separable by output rows given A (I×I). Experts are read one at a time.
 Precision: sums in float32 (float64 if the base or the first expert is), solved in float64 for up to
 4096 columns; one rounding at the end. Deterministic: yes.
-Cost: 4 E O I² + I³/3 + 2 O I² flops for E experts of O×I.
+Cost: up to 4 E O I² + I³/3 + 2 O I² flops for E experts of O×I; fewer where E O < I.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.errors import NumericalError
-from merging.method import Cost, Geometry, MergeMethod, Task, TouchParameters, register
+from merging.method import Cost, Geometry, MergeMethod, PresetParameters, Presets, Task, register
+from merging.ops.forms import (
+    Flops,
+    LayerShape,
+    cheapest,
+    direct_entries,
+    direct_flops,
+    reading_entries,
+)
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_DOUBLE_COLUMNS = 4096
-"""Up to here the factorisation runs in float64; beyond, float64 is tried if float32 fails."""
+    from merging.ops.problem import LayerProblem
 
 
-class WudiCfsParameters(TouchParameters):
+class WudiCfsParameters(PresetParameters):
     """Recipe-level parameters."""
 
+    presets: ClassVar[Presets] = {"paper-vit": {"omega": 1e-5, "touch": "wudi-vit", "rest": "base"}}
+
+    preset: Literal["paper-vit"] | None = Field(
+        default=None,
+        description=(
+            "Settings of the authors' code: the ridge, which tensors are merged and what the others"
+            " become. Fills in what the recipe does not give."
+        ),
+    )
     omega: float | None = Field(
         default=None,
         gt=0,
@@ -51,9 +66,6 @@ class WudiCfsParameters(TouchParameters):
             " least interference, which overfits; much above 1 the mean of the task vectors."
         ),
     )
-    scale: float = Field(
-        default=1.0, description="Factor on the merged update before it is added to the base."
-    )
 
 
 def merge_wudi_cfs(
@@ -64,52 +76,43 @@ def merge_wudi_cfs(
     Raises:
         NumericalError: ``did_not_converge`` if the ridge is too small for a factorisation.
     """
-    from merging.ops.layers import add_to_base, read_task_vectors
-    from merging.ops.solve import solve_from_right
+    from merging.ops.layers import merge_layer
+    from merging.ops.ridge import ridge_solution
 
     assert base is not None
     omega, rho = task.parameters.omega, task.parameters.rho
-    problem = read_task_vectors(
-        base, experts, transposed=task.transposed, keep_weighted_total=omega is not None
+
+    def solve(problem: LayerProblem) -> torch.Tensor:
+        return ridge_solution(problem, rho=rho, omega=omega, row_block=task.row_block)
+
+    return merge_layer(
+        base,
+        experts,
+        task,
+        flops=_flops,
+        solve=solve,
+        keep_weighted_total=omega is not None,
     )
-    task.figures.update(problem.describe_start())
-    M = problem.total
-    if problem.num_nonzero > 1:  # fewer: the sum is the minimum
-        if problem.weighted_total is not None:
-            ridge = omega * problem.weight_sum
-            pull = problem.weighted_total.mul_(omega)
-        else:
-            ridge = rho * problem.num_nonzero / M.shape[1]
-            pull = problem.total.mul_(rho / M.shape[1])
-        solution = solve_from_right(pull.add_(problem.B), problem.A, ridge, _MAX_DOUBLE_COLUMNS)
-        if solution is None:
-            raise NumericalError(
-                f"wudi_cfs cannot solve {task.tensor_name!r}: its matrix with ridge {ridge:.3g} is"
-                " not positive definite in float64. Use a larger rho or omega.",
-                code="did_not_converge",
-                context={"tensor_name": task.tensor_name, "ridge": ridge},
-            )
-        M = solution
-    task.figures.update(problem.describe_solution(M, task.figures))
-    return add_to_base(base, M, scale=task.parameters.scale, transposed=task.transposed)
+
+
+def _flops(shape: LayerShape) -> Flops:
+    return direct_flops(shape, lambda size: size**3 / 3 + 2.0 * shape.rows * size**2)
 
 
 def wudi_cfs_cost(geometry: Geometry, parameters: WudiCfsParameters) -> Cost:
     """Sums over experts, a factorisation, two triangular solves with O right-hand sides.
 
-    Held at once while solving in float64: A, the ridged matrix and its factor; B, ΣT, the
-    right-hand sides and the solution. Reading needs less.
+    Held at once while solving in float64: the ridged matrix and its factor; the right-hand sides
+    (in float32 too) and the solution.
     """
-    rows, columns = geometry.matrix
-    extra = 0 if parameters.omega is None else rows * columns
-    return Cost(
-        flops=(
-            4.0 * (geometry.num_experts + 1) * rows * columns**2
-            + columns**3 / 3
-            + 2.0 * rows * columns**2
-        ),
-        workspace_bytes=4 * (5 * columns * columns + 6 * rows * columns + extra),
-    )
+    shape = LayerShape(*geometry.matrix, geometry.num_experts)
+    flops = _flops(shape)
+    form = cheapest(flops)
+    solving = direct_entries(shape, form, geometry.row_block, matrices=4, updates=6)
+    entries = max(reading_entries(shape, form), solving)
+    if parameters.omega is not None:
+        entries += shape.rows * shape.columns
+    return Cost(flops[form], 4 * entries)
 
 
 register(

@@ -1,4 +1,4 @@
-"""What a problem costs: operations, host memory, device memory.
+"""What a problem costs: operations, host memory, device memory; and the row block that fits.
 
 What a worker holds while it works on one problem, from how it works:
 
@@ -8,14 +8,21 @@ What a worker holds while it works on one problem, from how it works:
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
   hold all their inputs. Added: the method's workspace, in which its float32 result is counted, and
   the result in its output type.
+- Methods compute in float64 if an input is float64: their workspace is then twice as large.
 
-``host_bytes`` is that sum when a CPU solves, ``device_bytes`` what of it is on a device that
-solves: everything but the cast result. What is read ahead, and results that wait to be written,
-are admitted by the worker only as far as the budget leaves room; they are not part of a problem.
+``device_bytes`` is what of that is where the solving is done: everything but the cast result.
+``host_bytes`` is all of it when a CPU solves; in a plan for workers with a GPU (one with a device
+budget) inputs and cast result. What is read ahead, and results that wait to be written, are
+admitted by the worker only as far as the budget leaves room; they are not part of a problem.
+
+A tensor of a method that is separable by rows, too large as a whole, is solved in blocks of rows:
+the largest multiple of 64 that fits. The numbers here decide that, so it is the same everywhere.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +32,47 @@ from merging.method import Geometry, MergeMethod
 TILE_MULTIPLE = 1 << 16
 """Tiles are cut at multiples of this many entries, so that every tile starts aligned."""
 
+ROW_MULTIPLE = 64
+"""Row blocks are multiples of this: products of so many rows run at full speed."""
+
 _MIN_GROUP_BYTES = 1 << 20
 _MAX_GROUP_BYTES = 64 << 20
 _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """Cost of one problem; see the module's text for what is counted."""
+class ProblemCost:
+    """Cost of one problem; see the module's text for what is counted.
+
+    Attributes:
+        flops: Operations.
+        host_bytes: Host memory held at once.
+        device_bytes: Memory held at once where the solving is done.
+        row_block: Rows solved at a time; 0 means all.
+    """
 
     flops: float
     host_bytes: int
     device_bytes: int
+    row_block: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that one worker may use for tensors.
+
+    Attributes:
+        host: On the host.
+        device: On its GPU; None if nothing is known of one, and a CPU may have to solve.
+    """
+
+    host: int
+    device: int | None = None
+
+    def hold(self, cost: ProblemCost) -> bool:
+        """Whether a problem of this cost fits."""
+        fits_device = self.device is None or cost.device_bytes <= self.device
+        return cost.host_bytes <= self.host and fits_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +85,7 @@ class Load:
         base_bytes: Stored bytes of the base tensor; 0 if there is none.
         expert_bytes: Stored bytes of each expert's tensor.
         item_size: Bytes of an entry of the output.
+        is_double: An input is float64, so that the method computes in float64.
     """
 
     shape: tuple[int, ...]
@@ -56,11 +93,17 @@ class Load:
     base_bytes: int
     expert_bytes: Sequence[int]
     item_size: int
+    is_double: bool = False
 
     @property
     def geometry(self) -> Geometry:
         """As the method's cost function sees it."""
         return Geometry(self.shape, len(self.expert_bytes), transposed=self.transposed)
+
+
+def takes_matrices(method: MergeMethod) -> bool:
+    """Whether a method works on matrices of rows×columns, by products, and not entry by entry."""
+    return method.default_touch == "linear"
 
 
 def group_limit(memory_budget: int) -> int:
@@ -75,23 +118,38 @@ def tile_entries(num_entries: int, bytes_read: int, memory_budget: int) -> int:
     return max(TILE_MULTIPLE, fitting)
 
 
-def estimate(
-    method: MergeMethod | None, parameters: Any, load: Load, memory_budget: int
-) -> Estimate:
-    """The cost of one problem.
+def problem_cost(
+    method: MergeMethod | None, parameters: Any, load: Load, budgets: Budgets
+) -> ProblemCost:
+    """The cost of one problem, with the largest row block that fits if the whole does not.
 
     Args:
         method: None for a copy.
         parameters: The method's resolved parameters.
         load: The problem.
-        memory_budget: Host bytes that a worker may use for tensors.
+        budgets: What a worker may use. If nothing fits, the cost is that of the smallest block.
     """
-    geometry = load.geometry
+
+    def blocked(multiple: int) -> ProblemCost:
+        return _cost(method, parameters, load, budgets, multiple * ROW_MULTIPLE)
+
+    whole = blocked(0)
+    if method is None or method.separable != "rows" or budgets.hold(whole):
+        return whole
+    multiples = range(1, -(-load.geometry.matrix[0] // ROW_MULTIPLE))
+    fitting = bisect.bisect_left(multiples, x=True, key=lambda n: not budgets.hold(blocked(n)))
+    return blocked(max(fitting, 1)) if multiples else whole
+
+
+def _cost(
+    method: MergeMethod | None, parameters: Any, load: Load, budgets: Budgets, row_block: int
+) -> ProblemCost:
+    geometry = dataclasses.replace(load.geometry, row_block=row_block)
     flops = method.cost(geometry, parameters).flops if method else 0.0
     entries = geometry.num_entries
     inputs = load.base_bytes + sum(load.expert_bytes)
     if method is None or method.separable == "elementwise":
-        tile = min(entries, tile_entries(entries, inputs, memory_budget))
+        tile = min(entries, tile_entries(entries, inputs, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry
         entries = tile
@@ -100,5 +158,7 @@ def estimate(
     workspace = 0
     if method is not None:
         workspace = max(method.cost(geometry, parameters).workspace_bytes, entries * _FLOAT32_BYTES)
-    on_device = inputs + workspace
-    return Estimate(flops, on_device + entries * load.item_size, on_device)
+        workspace *= 2 if load.is_double else 1
+    result = entries * load.item_size
+    on_host = inputs + result + (workspace if budgets.device is None else 0)
+    return ProblemCost(flops, on_host, inputs + workspace, row_block)

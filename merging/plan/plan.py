@@ -94,10 +94,14 @@ class Problem(msgspec.Struct, frozen=True):
         return count
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """Base first if there is one, then experts in order."""
+        return (self.base, *self.experts) if self.base else self.experts
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of all its sources."""
-        base = self.base.num_bytes if self.base else 0
-        return base + sum(expert.num_bytes for expert in self.experts)
+        return sum(source.num_bytes for source in self.sources)
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -189,6 +193,7 @@ class Plan(msgspec.Struct, frozen=True):
         companions: Files to be copied.
         warnings: What the user should know before running it.
         totals: Sums.
+        device_memory_budget: GPU bytes likewise: the plan is for workers that have them; None: any.
     """
 
     format: int
@@ -209,6 +214,7 @@ class Plan(msgspec.Struct, frozen=True):
     companions: tuple[Companion, ...]
     warnings: tuple[str, ...]
     totals: Totals
+    device_memory_budget: int | None = None
 
     def to_json(self) -> bytes:
         """Canonical JSON: the same plan gives the same bytes."""

@@ -18,6 +18,7 @@ from merging.checkpoint.index import CheckpointIndex
 from merging.dtypes import is_float, recipe_name
 from merging.errors import PlanError
 from merging.options import MergeOptions
+from merging.plan.cost import Budgets
 from merging.plan.inputs import Inputs, read_inputs
 from merging.plan.packing import data_bytes, pack
 from merging.plan.plan import (
@@ -32,6 +33,7 @@ from merging.plan.plan import (
 )
 from merging.plan.problems import ProblemBuilder
 from merging.plan.tensors import check_tensors, shorten_list, unmatched_filters
+from merging.plan.warnings import warn_of_inputs, warn_of_problems
 from merging.recipe import Recipe
 from merging.storage.base import Storage
 
@@ -64,11 +66,14 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         check_output_free(storage, output_uri)
     inputs = read_inputs(recipe, storage, output_uri)
     entries = check_tensors(inputs, warnings)
-    builder = ProblemBuilder(recipe, inputs, options.memory_budget)
+    budgets = Budgets(options.memory_budget, options.device_memory_budget)
+    builder = ProblemBuilder(recipe, inputs, budgets)
     problems = builder.build(entries)
     shards = pack(problems, options.max_shard_size)
-    warnings += _warn_of_types(recipe, inputs)
-    warnings += _warn_of_sizes(problems, options)
+    described = _inputs(inputs)
+    settings = builder.settings.settings
+    warnings += warn_of_inputs(recipe, inputs, described)
+    warnings += warn_of_problems(problems, settings, inputs.method.name, options)
     warnings += [
         f"The filter {name!r} is part of no tensor's name and has no effect."
         for name in unmatched_filters(builder.settings.filters, [e.name for e in entries])
@@ -84,14 +89,15 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         threads=options.threads,
         memory_budget=options.memory_budget,
         check_finite=options.check_finite,
-        inputs=_inputs(inputs),
+        inputs=described,
         files=tuple(builder.files),
-        settings=tuple(builder.settings.settings),
+        settings=tuple(settings),
         shards=shards,
         config=output_config(inputs.donor.config, problems),
         companions=_companions(inputs.donor),
         warnings=tuple(warnings),
         totals=_totals(problems, shards),
+        device_memory_budget=options.device_memory_budget,
     )
 
 
@@ -174,31 +180,3 @@ def _totals(problems: Sequence[Problem], shards: Sequence[Shard]) -> Totals:
         max_host_bytes=max(problem.host_bytes for problem in problems),
         max_device_bytes=max(problem.device_bytes for problem in problems),
     )
-
-
-def _warn_of_types(recipe: Recipe, inputs: Inputs) -> list[str]:
-    """Inputs that store their tensors differently."""
-    if recipe.dtype or recipe.out_dtype:
-        return []
-    types = {
-        index.uri: Counter(e.dtype for e in index.tensors.values() if is_float(e.dtype))
-        for index in inputs.all_indexes
-    }
-    main = {uri: max(sorted(count), key=count.__getitem__) for uri, count in types.items() if count}
-    if len(set(main.values())) < 2:
-        return []
-    stored = ", ".join(f"{uri} {dtype}" for uri, dtype in main.items())
-    return [
-        f"The models are stored in different types ({stored}); each merged tensor takes the wider"
-        " one. Set 'out_dtype' for another."
-    ]
-
-
-def _warn_of_sizes(problems: Sequence[Problem], options: MergeOptions) -> list[str]:
-    large = [p.tensor_name for p in problems if data_bytes(p) > options.max_shard_size]
-    if not large:
-        return []
-    return [
-        f"{len(large)} tensors are larger than max_shard_size ({options.max_shard_size} bytes) and"
-        f" have files of their own: {shorten_list(large)}."
-    ]

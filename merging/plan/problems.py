@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import ITEM_SIZE, RECIPE_NAMES, WRITABLE_FLOATS, is_float
 from merging.errors import Fault, PlanError, RecipeError
-from merging.method import get_method
-from merging.plan.cost import Estimate, Load, estimate
+from merging.method import MergeMethod, get_method
+from merging.plan.cost import Budgets, Load, ProblemCost, problem_cost, takes_matrices
+from merging.plan.fit import check_fit
 from merging.plan.inputs import Inputs
 from merging.plan.plan import COPY, Problem, Source, SourceFile
 from merging.plan.settings import SettingTable
-from merging.plan.tensors import SHOWN
+from merging.plan.tensors import shorten_list
 from merging.recipe import Recipe
 from merging.roles import Role, TouchFilter, describe_tensor, touch_filter
 from merging.selectors import layer_position
@@ -51,53 +53,71 @@ class ProblemBuilder:
     Args:
         recipe: A checked recipe.
         inputs: Its checkpoints.
-        memory_budget: Host bytes a worker may use for tensors.
+        budgets: What a worker may use for tensors.
     """
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, memory_budget: int) -> None:
+    def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
         entries = [expert.entry for expert in inputs.experts]
         self.settings = SettingTable(recipe, inputs.method, entries)
         self._inputs = inputs
-        self._memory_budget = memory_budget
+        self._budgets = budgets
         self._dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
         self._touches = _touch(recipe, inputs)
         self._rest_is_mean = _rest_is_mean(recipe, inputs)
         self._file_numbers: dict[str, int] = {}
-        self._estimates: dict[tuple[int, Load], Estimate] = {}
+        self._costs: dict[tuple[int, Load], ProblemCost] = {}
 
     def build(self, entries: Sequence[TensorEntry]) -> list[Problem]:
         """One problem for each tensor, in the model's order.
 
         Raises:
-            RecipeError: ``bad_parameter``: values that do not go together for some tensor.
+            RecipeError: ``bad_parameter``: values that do not go together for some tensor;
+                ``incompatible_options``: a method for matrices is to merge something else.
             PlanError: ``nothing_to_do`` or ``does_not_fit``.
         """
-        config = self._inputs.donor.config
-        tensors = []
-        for entry in entries:
-            role = describe_tensor(entry.name, entry.shape, config)
-            tower = f".{entry.name}".partition(f".{role.layer}.")[0] if role.layer >= 0 else ""
-            tensors.append(_Tensor(entry, role, tower))
+        tensors = self._describe(entries)
         num_layers: dict[str, int] = {}
         for tensor in tensors:
             last = num_layers.get(tensor.tower, 0)
             num_layers[tensor.tower] = max(last, tensor.role.layer + 1)
-        touched = [is_float(t.entry.dtype) and self._touches(t.entry.name, t.role) for t in tensors]
-        if not any(touched):
-            raise PlanError(
-                f"{self._inputs.method.name} would merge none of the {len(tensors)} tensors of"
-                f" {self._inputs.donor.uri}. Choose other tensors with the parameter 'touch'.",
-                code="nothing_to_do",
-            )
+        touched = self._choose(tensors)
         ordered = _model_order(list(zip(tensors, touched, strict=True)), num_layers)
         problems = [
             self._problem(tensor, num_layers[tensor.tower], is_touched=is_touched)
             for tensor, is_touched in ordered
         ]
         self.settings.raise_faults()
-        self._check_fit(problems)
+        check_fit(problems, self.settings.settings, self._budgets)
         return problems
+
+    def _describe(self, entries: Sequence[TensorEntry]) -> list[_Tensor]:
+        config = self._inputs.donor.config
+        tensors = []
+        for entry in entries:
+            role = describe_tensor(entry.name, entry.shape, config)
+            tower = f".{entry.name}".partition(f".{role.layer}.")[0] if role.layer >= 0 else ""
+            tensors.append(_Tensor(entry, role, tower))
+        return tensors
+
+    def _choose(self, tensors: Sequence[_Tensor]) -> list[bool]:
+        """Which tensors the method merges.
+
+        A method with matrices of rows×columns takes tensors that are one, and above all no stack
+        of many matrices, which would pass for one wide matrix.
+        """
+        method = self._inputs.method
+        touched = [is_float(t.entry.dtype) and self._touches(t.entry.name, t.role) for t in tensors]
+        if not any(touched):
+            raise PlanError(
+                f"{method.name} would merge none of the {len(tensors)} tensors of"
+                f" {self._inputs.donor.uri}. Choose other tensors with the parameter 'touch'.",
+                code="nothing_to_do",
+            )
+        if takes_matrices(method):
+            chosen = [t for t, is_touched in zip(tensors, touched, strict=True) if is_touched]
+            _refuse_others(method, [t.entry for t in chosen if not t.role.is_matrix])
+        return touched
 
     def _problem(self, tensor: _Tensor, num_layers: int, *, is_touched: bool) -> Problem:
         entry, role = tensor.entry, tensor.role
@@ -120,6 +140,7 @@ class ProblemBuilder:
             base_bytes=sum(_stored_bytes(index, entry.name) for index in base),
             expert_bytes=tuple(_stored_bytes(index, entry.name) for index in experts),
             item_size=ITEM_SIZE[dtype],
+            is_double="F64" in stored,
         )
         cost = self._cost(setting, load)
         return Problem(
@@ -129,6 +150,7 @@ class ProblemBuilder:
             setting=setting,
             base=self._source(base[0], entry.name) if base else None,
             experts=tuple(self._source(index, entry.name) for index in experts),
+            row_block=cost.row_block,
             transposed=role.transposed,
             flops=cost.flops,
             host_bytes=cost.host_bytes,
@@ -145,46 +167,14 @@ class ProblemBuilder:
             self.files.append(SourceFile(file.uri, file.size, file.version))
         return Source(number, entry.start, entry.end, entry.dtype)
 
-    def _cost(self, setting: int, load: Load) -> Estimate:
+    def _cost(self, setting: int, load: Load) -> ProblemCost:
         key = (setting, load)
-        if key not in self._estimates:
+        if key not in self._costs:
             name = self.settings.settings[setting].method
             method = None if name == COPY else get_method(name)
             parameters = self.settings.parameters(setting)
-            self._estimates[key] = estimate(method, parameters, load, self._memory_budget)
-        return self._estimates[key]
-
-    def _check_fit(self, problems: Sequence[Problem]) -> None:
-        budget = self._memory_budget
-        large = sorted(
-            (problem for problem in problems if problem.host_bytes > budget),
-            key=lambda problem: -problem.host_bytes,
-        )
-        if not large:
-            return
-        faults = [
-            Fault(
-                "",
-                "does_not_fit",
-                f"Tensor {p.tensor_name!r} {list(p.shape)} needs {p.host_bytes} bytes of host"
-                f" memory ({self.settings.settings[p.setting].method}); the memory budget is"
-                f" {budget} bytes.",
-            )
-            for p in large
-        ]
-        others = f" {len(large) - 1} more tensors do not fit." if len(large) > 1 else ""
-        raise PlanError(
-            f"{faults[0].detail}{others} Set memory_budget to {large[0].host_bytes} or more, on"
-            " workers that have it; or leave such tensors out with the parameter 'touch'; or take"
-            " a method that works in tiles, such as task_arithmetic.",
-            code="does_not_fit",
-            faults=faults[:SHOWN],
-            context={
-                "tensor_name": large[0].tensor_name,
-                "needed_bytes": large[0].host_bytes,
-                "memory_budget": budget,
-            },
-        )
+            self._costs[key] = problem_cost(method, parameters, load, self._budgets)
+        return self._costs[key]
 
 
 def _stored_bytes(index: CheckpointIndex, name: str) -> int:
@@ -193,12 +183,18 @@ def _stored_bytes(index: CheckpointIndex, name: str) -> int:
 
 
 def _touch(recipe: Recipe, inputs: Inputs) -> TouchFilter:
-    return touch_filter(recipe.parameters.get("touch") or inputs.method.default_touch)
+    given = recipe.parameters.get("touch") or _preset(recipe, inputs).get("touch")
+    return touch_filter(given or inputs.method.default_touch)
+
+
+def _preset(recipe: Recipe, inputs: Inputs) -> Mapping[str, Any]:
+    """What the recipe's preset sets, if it has one."""
+    return inputs.method.parameters.preset_values(recipe.parameters.get("preset"))
 
 
 def _rest_is_mean(recipe: Recipe, inputs: Inputs) -> bool:
     """Whether tensors that the method does not merge become the experts' mean."""
-    rest = recipe.parameters.get("rest")
+    rest = recipe.parameters.get("rest") or _preset(recipe, inputs).get("rest")
     if rest == "base" and inputs.base is None:
         detail = (
             "'rest: base' takes tensors from a base model, and the recipe names none; add"
@@ -207,6 +203,19 @@ def _rest_is_mean(recipe: Recipe, inputs: Inputs) -> bool:
         fault = Fault("/parameters/rest", "incompatible_options", detail)
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
     return (rest or inputs.method.default_rest) == "mean" or inputs.base is None
+
+
+def _refuse_others(method: MergeMethod, others: Sequence[TensorEntry]) -> None:
+    if not others:
+        return
+    shapes = [f"{entry.name} {list(entry.shape)}" for entry in others]
+    detail = (
+        f"{method.name} merges matrices, but 'touch' chooses tensors that have not two dimensions:"
+        f" {shorten_list(shapes)}. Set touch to linear or matrices, or to expressions that leave"
+        " them out; 'rest' says what they become."
+    )
+    fault = Fault("/parameters/touch", "incompatible_options", detail)
+    raise RecipeError(detail, code="incompatible_options", faults=[fault])
 
 
 _Pair = tuple[_Tensor, bool]

@@ -20,9 +20,6 @@ from merging.selectors import ParameterValue, evaluate, filters
 MEAN_METHOD = "linear"
 """The method, with its default parameters, of tensors that become the experts' mean."""
 
-_PLANNED = frozenset({"touch", "rest"})
-"""Parameters that the planner has used up: they say which tensors, not what to do with them."""
-
 _Level = Mapping[str, ParameterValue]
 
 
@@ -149,4 +146,5 @@ def _validate(model: type[Parameters], values: Mapping[str, Any]) -> Parameters:
 
 
 def _dump(parameters: Parameters) -> dict[str, Any]:
-    return parameters.model_dump(mode="json", by_alias=True, exclude=set(_PLANNED))
+    used_up = set(parameters.recipe_wide)  # which tensors, not what to do with them
+    return parameters.model_dump(mode="json", by_alias=True, exclude=used_up)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import msgspec
+
 from merging.plan.plan import Plan
+from merging.plan.timing import PlanEstimate
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """The plan in figures, as a JSON object."""
+def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, Any]:
+    """The plan in figures, as a JSON object.
+
+    Args:
+        plan: Any plan.
+        estimate: How long it should take; null in the summary if that is not known.
+    """
     methods = Counter(
         plan.settings[problem.setting].method for shard in plan.shards for problem in shard.problems
     )
@@ -29,6 +37,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "max_host_bytes": plan.totals.max_host_bytes,
         "max_device_bytes": plan.totals.max_device_bytes,
         "memory_budget": plan.memory_budget,
+        "device_memory_budget": plan.device_memory_budget,
+        "estimate": msgspec.to_builtins(estimate),
         "files": [
             {
                 "name": shard.file_name,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from merging.errors import Fault
-from merging.method import MergeMethod, Parameters, TouchParameters
+from merging.method import MergeMethod, Parameters
 from merging.recipe.document import escape_pointer
 from merging.selectors import Conditions, ParameterValue, has_gradient, is_constant, parse_value
 
@@ -52,7 +52,7 @@ def parameter_rules(model: type[Parameters]) -> Mapping[str, Rule]:
             is_required=info.is_required(),
             default=info.get_default(call_default_factory=True, validated_data={}),
             takes_gradient="number" in types,
-            takes_filters=name not in TouchParameters.model_fields,
+            takes_filters=name not in model.recipe_wide,
             description=info.description or "",
         )
     return rules

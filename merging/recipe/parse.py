@@ -309,11 +309,13 @@ def _without_defaults(
     rules: Mapping[str, Rule],
     outer: Mapping[str, ParameterValue],
 ) -> dict[str, ParameterValue]:
-    """Parameters less those that equal their default and that no outer level changes."""
+    """Parameters less those that equal their default and that no outer level or preset changes."""
+    has_preset = parameters.get("preset") is not None
     return {
         name: value
         for name, value in parameters.items()
-        if name in outer
+        if has_preset
+        or name in outer
         or name not in rules
         or rules[name].is_required
         or value != rules[name].default

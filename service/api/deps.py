@@ -17,6 +17,7 @@ from fastapi.security import HTTPBearer
 from merging.storage.base import Storage
 from service.auth import Principal, Scope
 from service.feed import EventFeed
+from service.forecast import Forecast
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.problems import RequestError
@@ -49,6 +50,7 @@ class Services:
         storage: Limited to the storage roots.
         clock: The time now, in UTC.
         feed: Wakes event streams.
+        forecast: Says how long a plan should take.
         metrics: Counters.
         checks: For ``/readyz``.
         stopping: Set when the server is asked to end.
@@ -60,6 +62,7 @@ class Services:
     storage: Storage
     clock: Callable[[], datetime]
     feed: EventFeed
+    forecast: Forecast
     metrics: Metrics
     checks: Sequence[ReadinessCheck]
     stopping: threading.Event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio.to_thread
 from fastapi import APIRouter
 
 from merging.plan.summary import plan_summary
@@ -16,10 +17,14 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 @router.post("", operation_id="plans.create", **guarded(Scope.JOBS_WRITE))
 async def create_plan(body: PlanRequest, services: ServicesDep) -> PlanObject:
-    """Plan a merge without running it: shards, bytes, flops, memory. Nothing is written."""
+    """Plan a merge without running it: shards, bytes, flops, memory, time. Nothing is written.
+
+    ``estimate`` is null until workers have done a shard and so told how fast they are.
+    """
     plan = await plan_merge(services, body)
+    estimate = await anyio.to_thread.run_sync(services.forecast.estimate, plan)
     members = {
-        **plan_summary(plan),
+        **plan_summary(plan, estimate),
         "object": "plan",
         "created_at": services.clock(),
     }

@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
 
+from service.forecast import Forecast
 from service.jobs.store import JobStore
 from service.runner.claim import Monotonic
 from service.runner.settings import RunnerSettings
@@ -17,7 +18,7 @@ _LONGEST_WAIT_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RunnerContext:
-    """Store, pool, threads for blocking work, settings and clocks."""
+    """Store, pool, threads for blocking work, settings, clocks, and what is known of workers."""
 
     store: JobStore
     pool: ShardPool
@@ -25,6 +26,7 @@ class RunnerContext:
     settings: RunnerSettings
     clock: Callable[[], datetime]
     monotonic: Monotonic
+    forecast: Forecast
 
     def retry_at(self, failures: int) -> float:
         """When to try again what has failed so often before: later each time."""

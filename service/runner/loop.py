@@ -18,6 +18,7 @@ import structlog
 
 from merging.errors import MergeError
 from merging.storage.base import Storage
+from service.forecast import Forecast
 from service.jobs.errors import IllegalTransitionError, StaleLeaseError, StoreUnavailableError
 from service.jobs.store import JobStore
 from service.runner.claim import Heartbeat, Lease, Monotonic
@@ -50,6 +51,7 @@ class Runner:
         clock: The time now.
         monotonic: Seconds that never go back.
         threads: For work that blocks; by default threads of its own.
+        forecast: Told what receipts say of the workers' speed.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Runner:
         clock: Callable[[], datetime] = _now,
         monotonic: Monotonic = time.monotonic,
         threads: Executor | None = None,
+        forecast: Forecast | None = None,
     ) -> None:
         self._settings = settings or RunnerSettings()
         self._name = name or f"{socket.gethostname()[:80]}-{secrets.token_hex(4)}"
@@ -70,7 +73,10 @@ class Runner:
         self._threads = threads or ThreadPoolExecutor(
             self._settings.max_concurrent_jobs, thread_name_prefix="runner-work"
         )
-        self._context = RunnerContext(store, pool, self._threads, self._settings, clock, monotonic)
+        self._forecast = forecast or Forecast()
+        self._context = RunnerContext(
+            store, pool, self._threads, self._settings, clock, monotonic, self._forecast
+        )
         self.heartbeat = Heartbeat(
             store,
             lease_seconds=self._settings.lease_seconds,
@@ -227,9 +233,11 @@ class Runner:
         now = self._context.monotonic()
         if now < self._dispatch_at or not any(map(self._can_use, self._drivers.values())):
             return
+        slots = self._context.pool.slots()
+        self._forecast.note_slots(slots)
         limit = self._settings.max_in_flight_shards
         if limit is None:
-            limit = max(self._context.pool.slots(), 1) + _MORE_THAN_SLOTS
+            limit = max(slots, 1) + _MORE_THAN_SLOTS
         while len(self._in_flight) < limit:
             waiting = [driver for driver in self._drivers.values() if self._can_use(driver)]
             if not waiting:

@@ -109,6 +109,7 @@ class ShardDesk:
             error = None
             if isinstance(event, ShardDone):
                 self.record_published(event.receipt, event.attempt)
+                self._context.forecast.note_rates(event.receipt.rates)
                 self.board.finish(event.shard_index, event.receipt)
             elif isinstance(event, ShardStarted):
                 self._record_start(event)
@@ -125,6 +126,7 @@ class ShardDesk:
         """Tell the store that a shard is published."""
         summary = msgspec.to_builtins(receipt)
         del summary["problems"]  # figures per tensor are in the merge report
+        del summary["rates"]
         self._record(receipt.shard_index, ShardState.SUCCEEDED, attempt, receipt=summary)
 
     def _record_start(self, event: ShardStarted) -> None:

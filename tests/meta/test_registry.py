@@ -53,7 +53,7 @@ def test_each_method_has_its_own_tests(name: str) -> None:
 
 
 def test_exactly_one_method_is_recommended() -> None:
-    assert [name for name, method in all_methods().items() if method.recommended] == ["wudi"]
+    assert [name for name, method in all_methods().items() if method.recommended] == ["swudi_a"]
 
 
 def test_listing_methods_and_their_costs_needs_no_torch() -> None:

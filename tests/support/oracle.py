@@ -175,3 +175,116 @@ def cfs_update(vectors: Sequence[np.ndarray], omegas: Sequence[float]) -> np.nda
             left = left + T @ gram
             right = right + gram
     return left @ np.linalg.inv(right)
+
+
+FLOOR = 1e-8
+"""The authors of SWUDI raise eigenvalues to this."""
+
+
+def _quadratic(vectors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A = Σ w_i T_iᵀT_i, B = Σ w_i T_i T_iᵀT_i and M₀ = Σ T_i."""
+    taking_part = [T for T in vectors if np.any(T)]
+    A = sum(T.T @ T / np.sum(T**2) for T in taking_part)
+    B = sum(T @ T.T @ T / np.sum(T**2) for T in taking_part)
+    return A, B, sum(taking_part)
+
+
+def spectrum(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """Eigenvalues of A, the largest first, not below the floor."""
+    return np.maximum(np.linalg.eigvalsh(_quadratic(vectors)[0])[::-1], FLOOR)
+
+
+def effective_rank(vectors: Sequence[np.ndarray]) -> float:
+    """(Σ √λ)² / Σ λ."""
+    values = spectrum(vectors)
+    return float(np.sum(np.sqrt(values)) ** 2 / np.sum(values))
+
+
+def filtered_update(
+    vectors: Sequence[np.ndarray], gains: np.ndarray, *, init: str = "sum"
+) -> np.ndarray:
+    """M₀ (I − V f Vᵀ) + B V (f/λ) Vᵀ, the gains f given for the largest eigenvalue first."""
+    A, B, M0 = _quadratic(vectors)
+    values, V = np.linalg.eigh(A)
+    values, V = np.maximum(values[::-1], FLOOR), V[:, ::-1]
+    kept = M0 @ (np.eye(len(A)) - V @ np.diag(gains) @ V.T) if init == "sum" else 0.0
+    return kept + B @ V @ np.diag(gains / values) @ V.T
+
+
+def swudi_update(
+    vectors: Sequence[np.ndarray], *, t: float, r: float, init: str = "sum"
+) -> np.ndarray:
+    """The exponential filter in the ⌈r I⌉ strongest directions."""
+    values = spectrum(vectors)
+    kept = np.arange(len(values)) < math.ceil(r * len(values))
+    return filtered_update(vectors, kept * (1 - np.exp(-values * t)), init=init)
+
+
+def swudi_a_update(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """The exact solution in as many directions as the effective rank, rounded up."""
+    num_columns = vectors[0].shape[1]
+    kept = np.arange(num_columns) < math.ceil(effective_rank(vectors))
+    return filtered_update(vectors, kept.astype(float))
+
+
+def flow_update(vectors: Sequence[np.ndarray], *, t: float) -> np.ndarray:
+    """Where the flow dM/dt = B − M A from M₀ is at time t, by one matrix exponential."""
+    A, B, M0 = _quadratic(vectors)
+    rows, columns = M0.shape
+    generator = np.zeros((columns + rows, columns + rows))
+    generator[:columns, :columns], generator[columns:, :columns] = -A, B
+    flow = torch.linalg.matrix_exp(t * torch.from_numpy(generator)).numpy()
+    return (np.hstack([M0, np.eye(rows)]) @ flow)[:, :columns]
+
+
+def _truncated(T: np.ndarray, rank: int) -> np.ndarray:
+    """The part of T with its largest singular values."""
+    U, S, Vt = np.linalg.svd(T, full_matrices=False)
+    return U[:, :rank] @ np.diag(S[:rank]) @ Vt[:rank]
+
+
+def optmerge_terms(
+    vectors: Sequence[np.ndarray], *, variant: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Targets T̂_i and directions P_i = S_K V_Kᵀ."""
+    taking_part = [T for T in vectors if np.any(T)]
+    rank = max(1, min(taking_part[0].shape) // len(taking_part))
+    mean = sum(taking_part) / len(taking_part)
+    targets, directions = [], []
+    for T in taking_part:
+        _, S, Vt = np.linalg.svd(T, full_matrices=False)
+        directions.append(np.diag(S[:rank]) @ Vt[:rank])
+        if variant == "full":
+            targets.append(mean + _truncated(T - mean, rank))
+        else:
+            targets.append(_truncated(T, rank))
+    return targets, directions
+
+
+def optmerge_update(
+    vectors: Sequence[np.ndarray],
+    *,
+    variant: str,
+    steps: int,
+    learning_rate: float,
+    epsilon: float = 1e-8,
+) -> np.ndarray:
+    """Σ w_i ‖(M − T̂_i) P_iᵀ‖²_F by automatic differentiation: Adam, or descent with momentum."""
+    taking_part = [T for T in vectors if np.any(T)]
+    targets, directions = optmerge_terms(vectors, variant=variant)
+    total = torch.from_numpy(sum(taking_part))
+    if variant == "full":
+        M = torch.nn.Parameter(total)
+        optimizer = torch.optim.Adam([M], lr=learning_rate, eps=epsilon)
+    else:
+        M = torch.nn.Parameter(total / len(taking_part))
+        optimizer = torch.optim.SGD([M], lr=learning_rate, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = 0.0
+        for T, target, P in zip(taking_part, targets, directions, strict=True):
+            interference = (M - torch.from_numpy(target)) @ torch.from_numpy(P).T
+            loss = loss + interference.square().sum() / np.sum(T**2)
+        loss.backward()
+        optimizer.step()
+    return M.detach().numpy()

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from merging.method import Geometry, Task, get_method
+from merging.methods.wudi import WudiParameters
 from tests.support import oracle
 from tests.support.tensors import RMS, make_models, merge, relative_difference
 
@@ -138,8 +140,6 @@ def test_row_blocks_give_the_same_rows() -> None:
 def test_experts_are_not_held_while_the_next_one_is_awaited() -> None:
     import weakref
 
-    from merging.method import Task, get_method
-
     base, experts = make_models((8, 8), 3)
     method = get_method("wudi")
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -165,8 +165,13 @@ def test_figures_tell_how_much_interference_went_away() -> None:
     norms = [float(np.linalg.norm(T)) for T in vectors]
     assert figures.pop("expert_norms") == pytest.approx([*norms, 0.0])
     before, after = oracle.wudi_loss(vectors, sum(vectors)), oracle.wudi_loss(vectors, update)
+    assert figures.pop("form") == "gram"
+    weights = [1 / norm**2 for norm in norms]
+    A = sum(w * T.T @ T for w, T in zip(weights, vectors, strict=False))
     assert figures == pytest.approx(
         {
+            "flops": get_method("wudi").cost(Geometry((24, 32), 4), WudiParameters()).flops,
+            "participation_ratio": np.trace(A) ** 2 / np.sum(A**2),
             "norm_spread": max(norms) / min(norms),
             "sum_norm": np.linalg.norm(sum(vectors)),
             "loss_before": before,

@@ -1,0 +1,160 @@
+"""Which form of a layer's problem is cheapest, by counted operations.
+
+The same problem can be written in the layer's I input columns, through I×I sums over experts
+(``gram``, :mod:`merging.ops.gram_form`), or in the rows of the E task vectors, R = E·O of them,
+through the R×I matrix of these rows and R×R products (``rows``, :mod:`merging.ops.row_form`). Both
+are exact. The first is cheaper for nearly every layer of a transformer; the second where a layer
+has few outputs and experts beside its inputs, R well below I.
+
+Planning counts with this module, so torch is not imported. Everything depends on shapes and
+parameters alone: a plan and the worker that runs it come to the same form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+Form = Literal["gram", "rows"]
+"""``gram``: through I×I sums over experts. ``rows``: through all rows of all task vectors."""
+
+Flops = Mapping[Form, float]
+"""Operations of a whole merge by form; a form that is of no use is left out."""
+
+EIGH_FLOPS = 12
+"""An eigendecomposition of N×N takes as long as a product of so many N³ operations: 11 to 13 on a
+CPU from 768 to 3072 columns (float32, MKL)."""
+
+_SYMMETRIC_SHARE = 0.625
+"""Share of a product whose result is symmetric that :func:`gram_form.symmetric_product` does."""
+
+
+class LayerShape(NamedTuple):
+    """Output rows and input columns of a layer, and how many experts it has."""
+
+    rows: int
+    columns: int
+    num_experts: int
+
+    @property
+    def stacked_rows(self) -> int:
+        """Rows of all task vectors together, R."""
+        return self.rows * self.num_experts
+
+
+def cheapest(flops: Flops) -> Form:
+    """The form with the fewest operations."""
+    return min(flops, key=lambda form: flops[form])
+
+
+def adam_flops(shape: LayerShape, steps: int) -> Flops:
+    """Operations of that many gradient steps on M, by form.
+
+    A step is one O×I×I product, or one O×R×I product forth and one back. Losses before and after
+    are counted as one step each, or half of one.
+    """
+    forth_and_back = 4.0 * shape.rows * shape.stacked_rows * shape.columns
+    step = 2.0 * shape.rows * shape.columns**2
+    return _by_form(
+        shape,
+        gram=step * (steps + 2),
+        rows=forth_and_back * (steps + 1),
+    )
+
+
+def direct_flops(shape: LayerShape, solve: Callable[[int], float]) -> Flops:
+    """Operations of a solution in closed form, by form.
+
+    Args:
+        shape: Of the layer.
+        solve: Operations of a solution with a symmetric matrix of that many columns.
+    """
+    loss = 2.0 * shape.rows * shape.columns**2
+    expand = 2.0 * shape.rows * shape.stacked_rows * shape.columns
+    return _by_form(
+        shape,
+        gram=solve(shape.columns) + 2 * loss,
+        rows=solve(shape.stacked_rows) + 3 * expand,
+    )
+
+
+def _by_form(shape: LayerShape, *, gram: float, rows: float) -> Flops:
+    """Add what preparing a form takes; rows are of use only while they are fewer than columns."""
+    product = 2.0 * shape.stacked_rows * shape.columns
+    right = min(shape.columns, 2 * shape.rows)  # T (TᵀT) or (TTᵀ) T
+    flops: dict[Form, float] = {"gram": gram + product * (_SYMMETRIC_SHARE * shape.columns + right)}
+    if shape.stacked_rows < shape.columns:
+        flops["rows"] = rows + product * _SYMMETRIC_SHARE * shape.stacked_rows
+    return flops
+
+
+def exponential_degree(t: float, largest_eigenvalue: float = 1.0) -> int:
+    """Degree of the polynomial that stands for (1 − exp(−λt)) / λ to float32's precision."""
+    return math.ceil(3.5 * math.sqrt(t * largest_eigenvalue)) + 6
+
+
+def eigh_flops(rows: int, columns: int) -> float:
+    """Operations of a spectral filter on rows×columns: decomposition and three products."""
+    return EIGH_FLOPS * float(columns) ** 3 + 6.0 * rows * columns**2
+
+
+def filter_flops(shape: LayerShape) -> Flops:
+    """Operations of a spectral filter, by form."""
+    return direct_flops(shape, lambda size: eigh_flops(shape.rows, size))
+
+
+def filter_entries(shape: LayerShape, form: Form, row_block: int) -> int:
+    """Numbers held while a spectral filter is computed: LAPACK takes three matrices for itself."""
+    return direct_entries(shape, form, row_block, matrices=4, updates=4)
+
+
+def reading_entries(shape: LayerShape, form: Form) -> int:
+    """Numbers held while task vectors are read, T and ΣT among them."""
+    entries = shape.rows * shape.columns
+    if form == "gram":
+        return 2 * shape.columns**2 + 3 * entries
+    return shape.stacked_rows * shape.columns + 2 * entries
+
+
+def adam_entries(shape: LayerShape, form: Form, row_block: int, *, is_split: bool) -> int:
+    """Numbers held while Adam runs: the problem, M, and of a row block what a step writes.
+
+    ``is_split`` is precision ``high``, which holds operands three times over in two bytes.
+    """
+    block = min(row_block or shape.rows, shape.rows)
+    inner = shape.columns
+    entries = _prepared_entries(shape, form) + 3 * block * shape.columns
+    if form == "rows":
+        inner += shape.stacked_rows
+        entries += block * shape.stacked_rows
+    if is_split:
+        right = shape.columns**2 if form == "gram" else 2 * shape.stacked_rows * shape.columns
+        entries += 3 * right // 2 + 5 * block * inner // 2
+    return entries
+
+
+def direct_entries(
+    shape: LayerShape, form: Form, row_block: int, *, matrices: int, updates: int
+) -> int:
+    """Numbers held while a solution in closed form is computed.
+
+    Args:
+        shape: Of the layer.
+        form: Of its problem.
+        row_block: Rows solved at a time; 0 means all.
+        matrices: Symmetric matrices beside A, counted in float32.
+        updates: Copies of a row block in coordinates, likewise.
+    """
+    size = shape.columns if form == "gram" else shape.stacked_rows
+    block = min(row_block or shape.rows, shape.rows)
+    return _prepared_entries(shape, form) + matrices * size * size + updates * block * size
+
+
+def _prepared_entries(shape: LayerShape, form: Form) -> int:
+    """Numbers held of a problem that has been read, ΣT among them."""
+    entries = shape.rows * shape.columns
+    if form == "gram":
+        return shape.columns**2 + 2 * entries
+    rows = shape.stacked_rows
+    return entries + rows * shape.columns + rows * rows + shape.rows * rows

@@ -1,0 +1,110 @@
+"""What a user should know before a merge runs, as far as headers tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from merging.dtypes import is_float
+from merging.options import MergeOptions
+from merging.plan.inputs import Inputs
+from merging.plan.packing import data_bytes
+from merging.plan.plan import Input, Problem, Setting
+from merging.plan.tensors import shorten_list
+from merging.recipe import Recipe
+
+
+def warn_of_inputs(recipe: Recipe, inputs: Inputs, described: Sequence[Input]) -> list[str]:
+    """Inputs that are stored differently, or that are the same."""
+    return [*_warn_of_types(recipe, inputs), *_warn_of_equals(inputs, described)]
+
+
+def warn_of_problems(
+    problems: Sequence[Problem], settings: Sequence[Setting], method: str, options: MergeOptions
+) -> list[str]:
+    """Tensors that are treated in a way that the user may not expect."""
+    return [
+        *_warn_of_sizes(problems, options),
+        *_warn_of_blocks(problems, options),
+        *_warn_of_stacks(problems, settings, method),
+    ]
+
+
+def _warn_of_types(recipe: Recipe, inputs: Inputs) -> list[str]:
+    if recipe.dtype or recipe.out_dtype:
+        return []
+    types = {
+        index.uri: Counter(e.dtype for e in index.tensors.values() if is_float(e.dtype))
+        for index in inputs.all_indexes
+    }
+    main = {uri: max(sorted(count), key=count.__getitem__) for uri, count in types.items() if count}
+    if len(set(main.values())) < 2:
+        return []
+    stored = ", ".join(f"{uri} {dtype}" for uri, dtype in main.items())
+    return [
+        f"The models are stored in different types ({stored}); each merged tensor takes the wider"
+        " one. Set 'out_dtype' for another."
+    ]
+
+
+def _warn_of_equals(inputs: Inputs, described: Sequence[Input]) -> list[str]:
+    """Checkpoints with the same files: object storage tells equal contents by their ETags."""
+    warnings: dict[str, None] = {}
+    first: dict[str, Input] = {}
+    for item in described:
+        if item.role == "base" and not inputs.method.needs_base:
+            continue
+        other = first.setdefault(item.digest, item)
+        if other is item:
+            continue
+        if other.uri == item.uri:
+            text = f"The expert {item.uri} is named more than once, and counts as often."
+        elif other.role == "base":
+            text = f"The expert {item.uri} has the files of the base model: it changes nothing."
+        else:
+            text = f"The experts {other.uri} and {item.uri} have the same files: they count twice."
+        warnings[text] = None
+    return list(warnings)
+
+
+def _warn_of_sizes(problems: Sequence[Problem], options: MergeOptions) -> list[str]:
+    large = [p.tensor_name for p in problems if data_bytes(p) > options.max_shard_size]
+    if not large:
+        return []
+    return [
+        f"{len(large)} tensors are larger than max_shard_size ({options.max_shard_size} bytes) and"
+        f" have files of their own: {shorten_list(large)}."
+    ]
+
+
+def _warn_of_blocks(problems: Sequence[Problem], options: MergeOptions) -> list[str]:
+    blocked = [p for p in problems if p.row_block]
+    if not blocked:
+        return []
+    budget = "memory_budget" if options.device_memory_budget is None else "device_memory_budget"
+    smallest = min(p.row_block for p in blocked)
+    return [
+        f"{len(blocked)} tensors are too large for {budget} as a whole and are solved in blocks of"
+        f" {smallest} rows or more, which may take longer:"
+        f" {shorten_list([p.tensor_name for p in blocked])}."
+    ]
+
+
+def _warn_of_stacks(
+    problems: Sequence[Problem], settings: Sequence[Setting], method: str
+) -> list[str]:
+    """Tensors that hold the matrices of all experts of a mixture, which no layer method takes."""
+    stacked = [
+        p
+        for p in problems
+        if p.role.startswith("mlp.experts.") and len(p.shape) > 2
+        if settings[p.setting].method != method
+    ]
+    if not stacked:
+        return []
+    become = settings[stacked[0].setting].method
+    return [
+        f"{len(stacked)} tensors hold the matrices of all experts of a layer in one; {method} works"
+        f" on single matrices and leaves them to {become}:"
+        f" {shorten_list([p.tensor_name for p in stacked])}."
+    ]

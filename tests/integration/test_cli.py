@@ -1,0 +1,362 @@
+"""The command line: merges in this process, and as a client of a live service."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from merging.method import all_methods
+from tests.support.checkpoints import INDEX_NAME, Family, make_family
+from tests.support.cli import Said, mergeyard
+from tests.support.live_service import LiveService, live_service
+from tests.support.merges import recipe, weight_bytes
+
+REPOSITORY = Path(__file__).parents[2]
+HEAVY = {"torch", "numpy", "ray", "boto3", "botocore", "sqlalchemy", "fastapi", "transformers"}
+
+LOADED = """
+import sys
+from service.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("\\n" + " ".join(sys.modules))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def family(home: Path) -> Family:
+    return make_family(home / "models", num_experts=2, hidden=32, vocab=64)
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[LiveService]:
+    with live_service(home / "service", home) as live:
+        yield live
+
+
+@pytest.fixture
+def connected(service: LiveService, monkeypatch: pytest.MonkeyPatch) -> LiveService:
+    """The service, named by the environment."""
+    monkeypatch.setenv("MERGEYARD_URL", service.url)
+    monkeypatch.setenv("MERGEYARD_TOKEN", service.token)
+    return service
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither colours, nor the settings of whoever runs the tests."""
+    for name in ("FORCE_COLOR", "MERGEYARD_URL", "MERGEYARD_TOKEN", "MERGEYARD_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+
+
+def write_recipe(folder: Path, family: Family, method: str = "ties", **parameters: Any) -> Path:
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(recipe(family, method, **parameters)))
+    return path
+
+
+def digest(said: Said) -> str:
+    assert said.status == 0, said
+    return said.out.splitlines()[-1]
+
+
+def modules_loaded_by(*arguments: object) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+# -- starting
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"], ["methods"]])
+def test_help_and_methods_load_nothing_heavy(arguments: list[str]) -> None:
+    loaded = modules_loaded_by(*arguments)
+    assert "typer" in loaded
+    assert not loaded & HEAVY
+
+
+def test_planning_loads_nothing_heavy(family: Family, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, family)
+    assert not modules_loaded_by("plan", path, "-o", tmp_path / "merged") & HEAVY
+
+
+def test_without_a_command_there_is_help() -> None:
+    said = mergeyard()
+    assert said.status == 2
+    for command in ("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"):
+        assert command in said.out + said.err
+
+
+# -- merging in this process
+
+
+def test_a_merge_takes_every_option_and_replaces_only_on_demand(
+    family: Family, tmp_path: Path
+) -> None:
+    output = tmp_path / "merged"
+    command = (
+        *("merge", write_recipe(tmp_path, family, "dare_ties", density=0.5), "--output", output),
+        *("--device", "cpu", "--max-shard-size", "50kB", "--memory-budget", "64MiB"),
+        *("--device-memory-budget", "1GiB", "--seed", 7, "--threads", 1, "--check-finite"),
+    )
+    said = mergeyard(*command)
+    files = weight_bytes(output)
+    size = sum(map(len, files.values()))
+    assert len(files) > 1
+    assert said.out.splitlines()[0] == f"{output}  {size} bytes in {len(files)} files"
+    assert said.err == ""
+    assert "already holds a checkpoint" in mergeyard(*command).error
+    assert digest(mergeyard(*command, "--overwrite")) == digest(said)
+    assert weight_bytes(output) == files
+    other_seed = (*command, "--overwrite", "--seed", 8)
+    assert digest(mergeyard(*other_seed)) != digest(said)
+
+
+def test_yaml_json_and_standard_input_give_the_same_digest(family: Family, tmp_path: Path) -> None:
+    document = recipe(family, "wudi", steps=20)
+    as_json = tmp_path / "recipe.json"
+    as_json.write_text(json.dumps(document))
+    as_yaml = write_recipe(tmp_path, family, "wudi", steps=20)
+    digests = {
+        digest(mergeyard("merge", as_yaml, "-o", tmp_path / "1")),
+        digest(mergeyard("merge", as_json, "-o", tmp_path / "2")),
+        digest(mergeyard("merge", "-", "-o", tmp_path / "3", stdin=as_yaml.read_bytes())),
+        digest(mergeyard("merge", "-", "-o", tmp_path / "4", stdin=as_json.read_bytes())),
+    }
+    assert len(digests) == 1
+    assert digests.pop().startswith("sha256:")
+
+
+def test_warnings_go_to_standard_error(family: Family, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, family, density=[{"filter": "nowhere", "value": 0.1}])
+    said = mergeyard("merge", path, "-o", tmp_path / "merged")
+    assert said.err.startswith("warning: The filter 'nowhere'")
+    assert said.err.count("\n") == 1
+    assert said.out.count("\n") == 2
+
+
+def test_a_merged_checkpoint_can_be_verified(family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    mergeyard("merge", write_recipe(tmp_path, family), "-o", output, "--max-shard-size", "50kB")
+    said = mergeyard("verify", output)
+    assert said.status == 0
+    assert said.out.endswith("are as they were written\n")
+    file = sorted(output.glob("*.safetensors"))[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    error = mergeyard("verify", output).error
+    assert f"{file} ({len(data)} bytes) reads back with SHA-256" in error
+    file.unlink()
+    assert str(file) in mergeyard("verify", output).error
+
+
+def test_what_was_not_merged_here_cannot_be_verified(family: Family, tmp_path: Path) -> None:
+    error = mergeyard("verify", family.base).error
+    assert f"{family.base}/merge_report.json is not there" in error
+    (tmp_path / "merge_report.json").write_text("[]")
+    assert "cannot be read" in mergeyard("verify", tmp_path).error
+    report = {"output": {"files": [{"name": "../x", "size": 1, "sha256": ""}]}}
+    (tmp_path / "merge_report.json").write_text(json.dumps(report))
+    assert "names files in other folders ('../x')" in mergeyard("verify", tmp_path).error
+
+
+# -- plans and methods
+
+
+def test_a_plan_is_shown_and_nothing_is_written(family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    command = (
+        *("plan", write_recipe(tmp_path, family), "-o", output),
+        *("--max-shard-size", "50kB", "--memory-budget", "1GB"),
+    )
+    summary = json.loads(mergeyard(*command, "--json").out)
+    assert summary["object"] == "plan_summary"
+    assert summary["memory_budget"] == 10**9
+    assert len(summary["files"]) == summary["shards"] > 1
+    lines = mergeyard(*command).out.splitlines()
+    told = {line.split()[0]: line for line in lines if line}
+    assert summary["plan_digest"] in told["plan"]
+    assert str(family.base) in told["base"]
+    for file in summary["files"]:
+        assert f"{file['size']:,}" in told[file["name"]]
+    assert not output.exists()
+
+
+def test_a_plan_with_overwrite_may_replace(family: Family, tmp_path: Path) -> None:
+    path, output = write_recipe(tmp_path, family), tmp_path / "merged"
+    mergeyard("merge", path, "-o", output)
+    assert "already holds a checkpoint" in mergeyard("plan", path, "-o", output).error
+    assert mergeyard("plan", path, "-o", output, "--overwrite").status == 0
+
+
+def test_methods_are_listed_one_a_line_with_the_recommended_one_marked() -> None:
+    table, _, legend = mergeyard("methods").out.partition("\n\n")
+    header, *rows = table.splitlines()
+    assert header.split()[0] == "method"
+    assert [row.split()[0] for row in rows] == list(all_methods())
+    recommended = [name for name, method in all_methods().items() if method.recommended]
+    assert [row.split()[0] for row in rows if row.split()[1] == "*"] == recommended
+    assert legend.startswith("* Recommended to start with.")
+
+
+def test_one_method_is_shown_with_all_its_parameters() -> None:
+    said = mergeyard("methods", "dare_ties")
+    (described,) = json.loads(mergeyard("methods", "dare_ties", "--json").out)
+    names = {*described["parameters"]["properties"], *described["expert_parameters"]["properties"]}
+    shown = {line.split()[0]: line.split()[1] for line in said.out.splitlines() if line}
+    assert names <= shown.keys()
+    assert (shown["density"], shown["lambda"]) == ("expert", "merge")
+    assert described["source"] in said.out
+
+
+def test_all_methods_are_given_as_json() -> None:
+    described = json.loads(mergeyard("methods", "--json").out)
+    assert [method["name"] for method in described] == list(all_methods())
+
+
+# -- the service
+
+
+def test_a_job_is_submitted_followed_and_listed(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    path, output = write_recipe(tmp_path, family), home / "by-service"
+    said = mergeyard(
+        *("submit", path, "-o", output, "--max-shard-size", "50kB", "--seed", 3),
+        *("--label", "team=vision", "--label", "note=a=b", "--watch"),
+    )
+    job_id, end = said.out.splitlines()
+    assert (said.status, end) == (0, f"succeeded  {output}")
+    states = [line for line in said.err.splitlines() if " " not in line]
+    assert states == ["planning", "running", "publishing", "succeeded"][-len(states) :]
+    assert (output / INDEX_NAME).exists()
+    alone = mergeyard("merge", path, "-o", tmp_path / "alone", "--max-shard-size", "50kB")
+    assert (
+        digest(alone) == json.loads((output / "merge_report.json").read_text())["output"]["digest"]
+    )
+
+    (job,) = [job for job in json.loads(mergeyard("jobs", "--json").out) if job["id"] == job_id]
+    assert job["labels"] == {"team": "vision", "note": "a=b"}
+    assert job["seed"] == 3
+    table = mergeyard("jobs", "--state", "succeeded", "--limit", 100).out.splitlines()
+    assert table[0].split() == ["id", "state", "method", "tensors", "created", "output"]
+    (row,) = [line.split() for line in table if line.startswith(job_id)]
+    assert row == [job_id, "succeeded", "ties", "21/21", row[4], str(output)]
+    assert mergeyard("watch", job_id).out == f"succeeded  {output}\n"
+    assert "succeeded" in mergeyard("cancel", job_id).error
+
+
+def test_a_job_is_cancelled_and_says_so(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, family, "wudi", steps=10_000)
+    submitted = mergeyard("submit", path, "-o", home / "cancelled", "--max-shard-size", "20kB")
+    (job_id,) = submitted.out.split()
+    with connected.client() as client:
+        for event in client.events(job_id):
+            if event["type"] == "shard.started":
+                break
+    said = mergeyard("cancel", job_id)
+    assert said.out == f"{job_id} cancelling\n"
+    assert f"job {job_id} cancelled" in mergeyard("watch", job_id).err.splitlines()[-1]
+    assert mergeyard("cancel", job_id, "--now").out == f"{job_id} cancelled\n"
+    assert not (home / "cancelled" / INDEX_NAME).exists()
+
+
+def test_a_job_that_fails_ends_the_command_with_its_reason(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    (home / "a-file").write_text("in the way")
+    path = write_recipe(tmp_path, family)
+    said = mergeyard("submit", path, "-o", home / "a-file" / "merged", "--watch")
+    assert said.status == 1
+    assert len(said.out.split()) == 1
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"error: job {said.out.strip()} failed: Cannot ")
+    assert "a part of the path is a file" in last
+
+
+def test_a_refused_submission_lists_every_fault(
+    connected: LiveService, family: Family, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, family, density=2, lamda=1)
+    said = mergeyard("submit", path, "-o", tmp_path / "merged")
+    assert "density should be less than or equal to 1, not 2" in said.error
+    (fault,) = said.faults
+    assert "/parameters/lamda: Unknown parameter" in fault
+    assert "Did you mean 'lambda'" in fault
+
+
+def test_a_label_is_a_pair(connected: LiveService, family: Family, tmp_path: Path) -> None:
+    said = mergeyard("submit", write_recipe(tmp_path, family), "-o", "/x", "--label", "vision")
+    assert said.status == 2
+    assert "'vision' is not key=value" in said.err
+
+
+# -- what can be wrong with the connection
+
+
+def test_the_token_comes_from_a_file_of_the_data_folder(
+    service: LiveService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEYARD_DATA_DIR", str(tmp_path))
+    refusal = mergeyard("jobs", "--url", service.url).error
+    assert f"MERGEYARD_TOKEN is not set and {tmp_path}/admin-token cannot be read" in refusal
+    assert "--token-file" in refusal
+    (tmp_path / "admin-token").write_text(service.token + "\n")
+    assert mergeyard("jobs", "--url", service.url).status == 0
+    monkeypatch.delenv("MERGEYARD_DATA_DIR")
+    token_file = tmp_path / "admin-token"
+    assert mergeyard("jobs", "--url", service.url, "--token-file", token_file).status == 0
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [("wrong", "The token is not known"), ("nö", "characters that no token has")],
+)
+def test_a_wrong_token_is_one_clear_line(
+    connected: LiveService, token: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEYARD_TOKEN", token)
+    for command in (["jobs"], ["watch", "job_x"], ["cancel", "job_x"]):
+        assert says in mergeyard(*command).error
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
+def test_a_service_that_cannot_be_reached_is_one_clear_line(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEYARD_TOKEN", "any")
+    for command in (["jobs"], ["watch", "job_x"]):
+        error = mergeyard(*command, "--url", url).error
+        assert f"No service answers at {url}" in error
+        assert "mergeyard serve" in error
+
+
+@pytest.mark.parametrize("job_id", ["job_00000000000000000000000000", "nonsense"])
+def test_an_unknown_job_is_one_clear_line(connected: LiveService, job_id: str) -> None:
+    for command in (["watch", job_id], ["cancel", job_id]):
+        assert mergeyard(*command).error == f"There is no job {job_id}."
