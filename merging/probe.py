@@ -13,7 +13,7 @@ from pathlib import Path
 
 from merging.rates import Rates
 
-_SMALLEST, _LARGEST = 64, 8192
+_SMALLEST, _LARGEST = 64, 4096
 _STEP_SECONDS = 0.02
 """The sizes of the matrices that are measured double up to a step as long as this."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import metadata
+from typing import NoReturn
 
 from sqlalchemy.exc import ArgumentError
 
@@ -56,6 +59,8 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         MergeError: It cannot start: the port is taken, the database is away, a setting is wrong.
     """
     configure_logging(as_json=settings.log_json)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)  # until the server takes signals over
     with ExitStack() as stack:
         listener = stack.enter_context(bind(settings.host, settings.port))
         store = _open_store(settings)
@@ -79,6 +84,12 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         version = metadata.version("mergeyard")
         announce(f"Mergeyard {version} listens on {address_of(listener, settings.root_path)}")
         server.run(sockets=[listener])
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """Leave in order, as after a whole life, when asked to end while still starting."""
+    del number, frame
+    sys.exit(0)
 
 
 def _open_store(settings: Settings) -> SqlJobStore:

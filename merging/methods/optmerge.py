@@ -163,7 +163,7 @@ def optmerge_cost(geometry: Geometry, parameters: OptMergeParameters) -> Cost:
     flops = geometry.num_experts * (1 + is_full) * decomposition + product * (
         3 * side + columns + columns * (steps + 2)
     )
-    reading = 8 * side * side + 5 * rows * columns
+    reading = 12 * side * side + 5 * rows * columns
     solving = 2 * columns * columns + 5 * rows * columns
     entries = columns * columns + 2 * rows * columns + max(reading, solving)
     return Cost(flops, 4 * entries)

@@ -43,6 +43,11 @@ class LayerShape(NamedTuple):
         return self.rows * self.num_experts
 
 
+def is_wide(rows: int, columns: int) -> bool:
+    """Whether ``(T Tᵀ) T`` takes fewer operations than ``T (TᵀT)``, with TᵀT at hand."""
+    return 2 * rows < columns
+
+
 def cheapest(flops: Flops) -> Form:
     """The form with the fewest operations."""
     return min(flops, key=lambda form: flops[form])
@@ -82,7 +87,9 @@ def direct_flops(shape: LayerShape, solve: Callable[[int], float]) -> Flops:
 def _by_form(shape: LayerShape, *, gram: float, rows: float) -> Flops:
     """Add what preparing a form takes; rows are of use only while they are fewer than columns."""
     product = 2.0 * shape.stacked_rows * shape.columns
-    right = min(shape.columns, 2 * shape.rows)  # T (TᵀT) or (TTᵀ) T
+    right = float(shape.columns)
+    if is_wide(shape.rows, shape.columns):
+        right = (1 + _SYMMETRIC_SHARE) * shape.rows
     flops: dict[Form, float] = {"gram": gram + product * (_SYMMETRIC_SHARE * shape.columns + right)}
     if shape.stacked_rows < shape.columns:
         flops["rows"] = rows + product * _SYMMETRIC_SHARE * shape.stacked_rows
@@ -105,15 +112,16 @@ def filter_flops(shape: LayerShape) -> Flops:
 
 
 def filter_entries(shape: LayerShape, form: Form, row_block: int) -> int:
-    """Numbers held while a spectral filter is computed: LAPACK takes three matrices for itself."""
-    return direct_entries(shape, form, row_block, matrices=4, updates=4)
+    """Numbers held while a spectral filter is computed: LAPACK takes two matrices for itself."""
+    return direct_entries(shape, form, row_block, matrices=3, updates=3)
 
 
 def reading_entries(shape: LayerShape, form: Form) -> int:
     """Numbers held while task vectors are read, T and ΣT among them."""
     entries = shape.rows * shape.columns
     if form == "gram":
-        return 2 * shape.columns**2 + 3 * entries
+        side = shape.rows if is_wide(shape.rows, shape.columns) else shape.columns
+        return shape.columns**2 + side * side + 3 * entries
     return shape.stacked_rows * shape.columns + 2 * entries
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 
 from merging.ops.blocks import block_size, inner_product
-from merging.ops.forms import Form
+from merging.ops.forms import Form, is_wide
 from merging.ops.precision import Precision, right_product
 from merging.ops.problem import HalfGradient, LayerProblem
 
@@ -84,25 +85,46 @@ class GramProblem(LayerProblem):
         self.B.addmm_(image, directions)
         self.c += inner_product(image, image)
 
+    def finish(self) -> None:
+        """Copy the half of A that was left out."""
+        mirror(self.A)
+
     def _add(self, T: torch.Tensor, norm: float) -> None:
-        gram = symmetric_product(T.t())
-        self.A.add_(gram)
-        if 2 * T.shape[0] < T.shape[1]:
-            self.B.addmm_(T @ T.t(), T, alpha=norm)
+        if is_wide(*T.shape):
+            gram = symmetric_product(T)
+            self.B.addmm_(gram, T, alpha=norm)
+            add_upper_product(self.A, T.t())
         else:
+            gram = symmetric_product(T.t())
             self.B.addmm_(T, gram, alpha=norm)
+            self.A.add_(gram)
+        self._note_gram(gram, norm)
         if self._weighted_total is not None:
             self._weighted_total.add_(T, alpha=1 / norm)
-        self._note_gram(gram, norm)
 
 
 def symmetric_product(X: torch.Tensor) -> torch.Tensor:
-    """``X Xᵀ`` at five eighths of the operations if X has many rows: half is copied over."""
-    num_rows = X.shape[0]
-    product = X.new_empty((num_rows, num_rows))
-    size = num_rows if num_rows < _MIN_SYMMETRIC else -(-num_rows // _SYMMETRIC_BLOCKS)
-    for start in range(0, num_rows, max(1, size)):
-        block = slice(start, start + size)
-        torch.mm(X[block], X[start:].t(), out=product[block, start:])
-        product[start + size :, block] = product[block, start + size :].t()
+    """``X Xᵀ`` at five eighths of the operations if X has many rows."""
+    product = X.new_zeros((len(X), len(X)))
+    add_upper_product(product, X)
+    mirror(product)
     return product
+
+
+def add_upper_product(out: torch.Tensor, X: torch.Tensor) -> None:
+    """Add the blocks of ``X Xᵀ`` that are not below the diagonal."""
+    for block, _ in _diagonal_blocks(len(X)):
+        out[block, block.start :].addmm_(X[block], X[block.start :].t())
+
+
+def mirror(out: torch.Tensor) -> None:
+    """Write blocks above the diagonal over those below."""
+    for block, after in _diagonal_blocks(len(out)):
+        out[after, block] = out[block, after].t()
+
+
+def _diagonal_blocks(size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows, and the rows after each."""
+    step = size if size < _MIN_SYMMETRIC else -(-size // _SYMMETRIC_BLOCKS)
+    for start in range(0, size, max(1, step)):
+        yield slice(start, start + step), slice(start + step, None)

@@ -32,7 +32,7 @@ def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
         if expert.index is not donor:
             faults += _compare(donor, expert, dropped, warnings)
     if faults:
-        more = f" ({len(faults) - 1} more faults.)" if len(faults) > 1 else ""
+        more = f" ({len(faults) - 1} more.)" if len(faults) > 1 else ""
         raise CheckpointError(
             faults[0].detail + more,
             code=faults[0].code,

@@ -84,9 +84,8 @@ def _warn_of_blocks(problems: Sequence[Problem], options: MergeOptions) -> list[
     budget = "memory_budget" if options.device_memory_budget is None else "device_memory_budget"
     smallest = min(p.row_block for p in blocked)
     return [
-        f"{len(blocked)} tensors are too large for {budget} as a whole and are solved in blocks of"
-        f" {smallest} rows or more, which may take longer:"
-        f" {shorten_list([p.tensor_name for p in blocked])}."
+        f"Too large for {budget} as a whole, and solved in blocks of {smallest} rows or more, which"
+        f" may take longer: {shorten_list([p.tensor_name for p in blocked])}."
     ]
 
 
@@ -104,7 +103,7 @@ def _warn_of_stacks(
         return []
     become = settings[stacked[0].setting].method
     return [
-        f"{len(stacked)} tensors hold the matrices of all experts of a layer in one; {method} works"
-        f" on single matrices and leaves them to {become}:"
+        f"Tensors that hold the matrices of all experts of a layer in one are left to {become},"
+        f" since {method} works on single matrices:"
         f" {shorten_list([p.tensor_name for p in stacked])}."
     ]

@@ -90,7 +90,7 @@ def recipe_error(faults: list[Fault]) -> RecipeError:
     codes = {fault.code for fault in faults}
     first = f"{faults[0].pointer}: {faults[0].detail}" if faults[0].pointer else faults[0].detail
     return RecipeError(
-        first if len(faults) == 1 else f"{first} ({len(faults) - 1} more faults in the recipe.)",
+        first if len(faults) == 1 else f"{first} ({len(faults) - 1} more in the recipe.)",
         code=codes.pop() if len(codes) == 1 else None,
         faults=faults,
     )

@@ -164,7 +164,7 @@ CASES = {
     ),
     "several misspelt keys": Case(
         _misspell_keys,
-        ("/parameter", "Did you mean 'parameters'?", "more faults"),
+        ("/parameter", "Did you mean 'parameters'?", "more in the recipe"),
         "invalid_recipe",
         faults=('/models/0/modle: Unknown key "modle". Did you mean',),
     ),
@@ -230,7 +230,7 @@ CASES = {
     ),
     "missing and extra tensors": Case(
         lambda home: home.change(_swap_a_tensor),
-        ("{home}/expert-1 lacks 1 tensor that {home}/base has: " + QUERY, "1 more fault"),
+        ("{home}/expert-1 lacks 1 tensor that {home}/base has: " + QUERY, "(1 more.)"),
         "missing_tensor",
         faults=("/models/1/model: {home}/expert-1 has 1 tensor that {home}/base does not have: ",),
     ),

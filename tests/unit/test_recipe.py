@@ -198,7 +198,7 @@ def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe({"merge_method": "linear", "models": [{"model": "a"}], "x": 1, "y": 2})
     assert caught.value.code == "invalid_recipe"
-    assert caught.value.detail.endswith("(1 more faults in the recipe.)")
+    assert caught.value.detail.endswith("(1 more in the recipe.)")
     assert len(caught.value.faults) == 2
 
 

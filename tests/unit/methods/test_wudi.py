@@ -201,3 +201,26 @@ def test_task_vectors_of_any_size_neither_overflow_nor_vanish() -> None:
         merged = merge("wudi", base, [expert * factor for expert in experts])
         assert torch.isfinite(merged).all()
         assert merged.abs().max() > 1e-4 * factor
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "says"), [(1e-7, "hardly moves"), (1e-3, "over-fitting"), (1e-5, "")]
+)
+def test_unusual_learning_rates_are_warned_about(learning_rate: float, says: str) -> None:
+    base, experts = make_models((48, 48), 2)
+    figures: dict[str, list[str]] = {}
+    merge("wudi", base, experts, {"learning_rate": learning_rate}, figures=figures)
+    assert bool(says) == ("warnings" in figures)
+    assert not says or says in figures["warnings"][0]
+
+
+def test_task_vectors_of_low_rank_are_warned_about() -> None:
+    generator = torch.Generator().manual_seed(0)
+    experts = [
+        torch.randn(160, 1, generator=generator) @ torch.randn(1, 160, generator=generator)
+        for _ in range(2)
+    ]
+    figures: dict[str, list[str]] = {}
+    merge("wudi", torch.zeros(160, 160), experts, {"steps": 1}, figures=figures)
+    (warning,) = figures["warnings"]
+    assert "about 1.0 of 160 directions" in warning

@@ -4,7 +4,7 @@ import torch
 from merging.ops.adam import adam_on_problem
 from merging.ops.gram_form import GramProblem
 from merging.ops.precision import Precision, SplitProduct, float32_products, right_product
-from tests.support.tensors import make_models, relative_difference
+from tests.support.tensors import make_models, merge, relative_difference
 
 
 def test_split_products_are_far_better_than_bfloat16_and_write_in_place() -> None:
@@ -49,6 +49,14 @@ def test_the_setting_of_the_process_is_put_back_even_after_an_error() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def test_torch_multiplies_bfloat16_into_float32() -> None:
+    """The call that ``high`` makes on a GPU, as far as its form can be checked without one."""
+    left = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
+    right = torch.empty(6, 5, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(4, 5, device="meta")
+    assert torch.mm(left, right, out_dtype=torch.float32, out=out).dtype == torch.float32
+
+
 class _SplitProblem(GramProblem):
     """Multiplies as ``high`` does on a GPU."""
 
@@ -72,3 +80,29 @@ def test_split_products_keep_the_trajectory_of_adam(shape: tuple[int, int]) -> N
     for problem in (split, exact):
         adam_on_problem(problem.total, problem, steps=300, learning_rate=1e-5, epsilon=1e-8)
     assert relative_difference(split.total, exact.total.numpy()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("name", "parameters", "tolerance"),
+    [
+        ("wudi", {}, 1e-4),
+        ("wudi", {"precision": "high"}, 1e-3),
+        ("wudi", {"precision": "medium"}, 1e-2),
+        ("swudi_soft", {}, 1e-4),
+        ("swudi_soft", {"precision": "high"}, 1e-3),
+        ("swudi_a", {}, 1e-3),
+        ("wudi_cfs", {}, 1e-4),
+        ("optmerge", {}, 1e-3),
+    ],
+)
+@pytest.mark.parametrize("shape", [(256, 256), (64, 1024)])
+def test_a_gpu_gives_what_float64_gives(
+    name: str, parameters: dict[str, str], tolerance: float, shape: tuple[int, int]
+) -> None:
+    base, experts = make_models(shape, 4, base_rms=0, seed=3)
+    expected = merge(name, base.double(), [expert.double() for expert in experts], parameters)
+    merged = merge(name, base.cuda(), [expert.cuda() for expert in experts], parameters)
+    assert merged.is_cuda
+    assert relative_difference(merged.cpu(), expected.numpy()) < tolerance

@@ -477,7 +477,7 @@ def test_missing_extra_and_misshapen_tensors_of_every_expert_are_reported_at_onc
     assert details[0] == f"{MATH} lacks 1 tensor that {BASE} has: model.norm.weight."
     assert details[1] == f"{MATH} has 1 tensor that {BASE} does not have: adapter.weight."
     assert "lm_head.weight [130, 64] instead of [128, 64]" in details[2]
-    assert "(2 more faults.)" in error.detail
+    assert "(2 more.)" in error.detail
 
 
 def test_ten_of_many_mismatches_are_named_and_the_others_counted(storage: MemoryStorage) -> None:

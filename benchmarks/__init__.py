@@ -1,0 +1,1 @@
+"""Programs that measure. Figures are kept with machine, date and command, never asserted."""
