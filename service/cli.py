@@ -149,6 +149,7 @@ def merge(
     from merging.storage.router import open_storage
     from service.console import plan_progress, warn
     from workers.accelerator import choose_device
+    from workers.measured import run_shard
 
     options = _options(
         max_shard_size=max_shard_size,
@@ -164,7 +165,7 @@ def merge(
     warn(plan.warnings)
     chosen = choose_device(device)
     with plan_progress(plan) as on_progress:
-        report = run_plan(plan, storage, device=chosen, on_progress=on_progress)
+        report = run_plan(plan, storage, device=chosen, on_progress=on_progress, engine=run_shard)
     result = report["output"]
     print(f"{result['uri']}  {result['bytes']} bytes in {len(result['files'])} files")
     print(result["digest"])
@@ -180,10 +181,15 @@ def plan(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a merge would read, compute and write; reads headers only."""
+    """Show what a merge would read, compute and write; reads headers only.
+
+    The time is that of this machine, known once it has merged something.
+    """
     from merging.plan.summary import plan_summary
     from merging.storage.router import open_storage
     from service.console import print_plan
+    from service.forecast import Forecast
+    from workers.measured import cache_folder
 
     options = _options(
         max_shard_size=max_shard_size,
@@ -191,7 +197,8 @@ def plan(
         device_memory_budget=device_memory_budget,
         overwrite=overwrite,
     )
-    summary = plan_summary(_make_plan(recipe, output, options, open_storage()))
+    made = _make_plan(recipe, output, options, open_storage())
+    summary = plan_summary(made, Forecast(cache_folder() / "rates.json").estimate(made))
     if as_json:
         _print_json(summary)
     else:

@@ -158,6 +158,9 @@ def print_plan(summary: Mapping[str, Any]) -> None:
         if key != "object" and isinstance(value, int | float | str):
             shown = f"{value:,}" if isinstance(value, int) else value
             _add_row(figures, key.replace("_", " "), f"{value:.3g}" if key == "flops" else shown)
+    estimate = summary["estimate"]
+    time = f"{estimate['total_seconds']:.3g} s" if estimate else "not known before the first merge"
+    _add_row(figures, "estimated time", time)
     for item in summary["inputs"]:
         _add_row(figures, item["role"], item["uri"])
     console.print(figures)

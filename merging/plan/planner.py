@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     described = _inputs(inputs)
     settings = builder.settings.settings
     warnings += warn_of_inputs(recipe, inputs, described)
-    warnings += warn_of_problems(problems, settings, inputs.method.name, options)
+    warnings += warn_of_problems(problems, settings, inputs.method, options)
     warnings += [
         f"The filter {name!r} is part of no tensor's name and has no effect."
         for name in unmatched_filters(builder.settings.filters, [e.name for e in entries])

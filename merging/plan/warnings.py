@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from merging.dtypes import is_float
+from merging.method import MergeMethod
 from merging.options import MergeOptions
+from merging.plan.cost import takes_matrices
 from merging.plan.inputs import Inputs
 from merging.plan.packing import data_bytes
 from merging.plan.plan import Input, Problem, Setting
@@ -20,7 +22,10 @@ def warn_of_inputs(recipe: Recipe, inputs: Inputs, described: Sequence[Input]) -
 
 
 def warn_of_problems(
-    problems: Sequence[Problem], settings: Sequence[Setting], method: str, options: MergeOptions
+    problems: Sequence[Problem],
+    settings: Sequence[Setting],
+    method: MergeMethod,
+    options: MergeOptions,
 ) -> list[str]:
     """Tensors that are treated in a way that the user may not expect."""
     return [
@@ -90,20 +95,20 @@ def _warn_of_blocks(problems: Sequence[Problem], options: MergeOptions) -> list[
 
 
 def _warn_of_stacks(
-    problems: Sequence[Problem], settings: Sequence[Setting], method: str
+    problems: Sequence[Problem], settings: Sequence[Setting], method: MergeMethod
 ) -> list[str]:
     """Tensors that hold the matrices of all experts of a mixture, which no layer method takes."""
     stacked = [
         p
         for p in problems
         if p.role.startswith("mlp.experts.") and len(p.shape) > 2
-        if settings[p.setting].method != method
+        if settings[p.setting].method != method.name
     ]
-    if not stacked:
+    if not stacked or not takes_matrices(method):
         return []
     become = settings[stacked[0].setting].method
     return [
         f"Tensors that hold the matrices of all experts of a layer in one are left to {become},"
-        f" since {method} works on single matrices:"
+        f" since {method.name} works on single matrices:"
         f" {shorten_list([p.tensor_name for p in stacked])}."
     ]

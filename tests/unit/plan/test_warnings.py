@@ -80,6 +80,7 @@ def test_vectors_that_are_chosen_for_such_a_method_are_refused_as_well(
 
 def test_an_elementwise_method_takes_stacks_like_anything_else(storage: MemoryStorage) -> None:
     assert plan(storage, "task_arithmetic").warnings == ()
+    assert plan(storage, "task_arithmetic", touch="linear").warnings == ()
 
 
 class SameVersion(MemoryStorage):
