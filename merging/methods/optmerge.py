@@ -165,6 +165,8 @@ def optmerge_cost(geometry: Geometry, parameters: OptMergeParameters) -> Cost:
     )
     reading = 12 * side * side + 5 * rows * columns
     solving = 2 * columns * columns + 5 * rows * columns
+    if parameters.precision == "high":
+        solving += 2 * columns * columns + 3 * rows * columns
     entries = columns * columns + 2 * rows * columns + max(reading, solving)
     return Cost(flops, 4 * entries)
 

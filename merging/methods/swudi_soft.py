@@ -38,10 +38,10 @@ from merging.ops.forms import (
     Flops,
     LayerShape,
     cheapest,
+    direct_entries,
     direct_flops,
     eigh_flops,
     exponential_degree,
-    filter_entries,
     reading_entries,
 )
 
@@ -130,10 +130,9 @@ def swudi_soft_cost(geometry: Geometry, parameters: SwudiSoftParameters) -> Cost
     shape = LayerShape(*geometry.matrix, geometry.num_experts)
     flops = _flops(shape, parameters.t)
     form = cheapest(flops)
-    return Cost(
-        flops[form],
-        4 * max(reading_entries(shape, form), filter_entries(shape, form, geometry.row_block)),
-    )
+    updates = 7 if parameters.precision == "high" else 4
+    solving = direct_entries(shape, form, geometry.row_block, matrices=3, updates=updates)
+    return Cost(flops[form], 4 * max(reading_entries(shape, form), solving))
 
 
 register(

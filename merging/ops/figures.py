@@ -33,7 +33,7 @@ def describe_start(problem: LayerProblem) -> dict[str, Any]:
     if nonzero := problem.nonzero_norms:
         figures["norm_spread"] = max(nonzero) / min(nonzero)
         square = inner_product(problem.A, problem.A)
-        figures["participation_ratio"] = problem.num_nonzero**2 / square
+        figures["participation_ratio"] = float(problem.A.trace()) ** 2 / square
     if len(nonzero) > 1:
         figures["loss_before"] = problem.loss(problem.total)
     return figures
