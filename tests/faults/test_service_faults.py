@@ -15,15 +15,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from merging.local_run import run_plan
+from merging.options import MergeOptions
+from merging.plan.planner import make_plan
+from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
 from tests.support.checkpoints import Family, make_family
-from tests.support.merges import plan_merge, recipe, weight_bytes
+from tests.support.merges import recipe, weight_bytes
 from tests.support.service_process import ServiceProcess, running_service
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 OPTIONS = {"max_shard_size": "2MB", "memory_budget": "64MiB"}
-METHOD = "wudi"
+STEPS = 900
+"""So many that there is time to interfere with a job, on a fast machine too."""
+
 _PATIENCE_SECONDS = 240
 
 
@@ -41,7 +46,9 @@ def family(home: Path) -> Family:
 def undisturbed(home: Path, family: Family) -> dict[str, bytes]:
     """What the merge gives in one process, without service or Ray."""
     storage = open_storage()
-    run_plan(plan_merge(family, METHOD, storage, home / "undisturbed", **OPTIONS), storage)
+    document = parse_recipe(recipe(family, "wudi", steps=STEPS))
+    output = str(home / "undisturbed")
+    run_plan(make_plan(document, storage, MergeOptions(**OPTIONS), output), storage)
     return weight_bytes(home / "undisturbed")
 
 
@@ -88,7 +95,9 @@ def running_workers(service: ServiceProcess, job_id: str) -> list[int]:
 
 def submit(service: ServiceProcess, family: Family, output: Path) -> str:
     with service.client() as client:
-        return client.submit(recipe(family, METHOD), str(output), options=OPTIONS)["id"]
+        return client.submit(recipe(family, "wudi", steps=STEPS), str(output), options=OPTIONS)[
+            "id"
+        ]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
