@@ -255,8 +255,8 @@ class _DriverProcess:
 
 
 def _told_as_cancelled(event: PoolEvent) -> PoolEvent:
-    """While a pool closes, a worker is lost because it was told to end."""
-    if isinstance(event, ShardFailed) and event.error["code"] == WorkerError.default_code:
+    """While a pool closes, a worker fails (at work, or still starting) because it was ended."""
+    if isinstance(event, ShardFailed) and event.error["type"] == WorkerError.__name__:
         return msgspec.structs.replace(event, error=cancelled_error().to_dict())
     return event
 
