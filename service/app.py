@@ -14,11 +14,23 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from merging.storage.base import Storage
-from service.api import events, health, job_actions, jobs, methods, outcomes, plans, recipes, tokens
+from service.api import (
+    events,
+    health,
+    job_actions,
+    jobs,
+    methods,
+    outcomes,
+    plans,
+    recipes,
+    sessions,
+    tokens,
+)
 from service.api.deps import ReadinessCheck, Services
 from service.api.errors import install_error_handlers
 from service.api.objects import Problem
 from service.auth import Authenticator
+from service.dashboard.files import Dashboard
 from service.feed import POLL_SECONDS, EventFeed
 from service.forecast import Forecast
 from service.jobs.store import JobStore
@@ -28,7 +40,7 @@ from service.problems import PROBLEM_JSON
 from service.settings import Settings
 
 _COMPRESS_FROM_BYTES = 1024
-_ROUTERS = (health, methods, recipes, plans, jobs, job_actions, outcomes, events, tokens)
+_ROUTERS = (health, methods, recipes, plans, jobs, job_actions, outcomes, events, tokens, sessions)
 
 
 def utc_now() -> datetime:
@@ -99,9 +111,10 @@ def _middleware(services: Services, version: str) -> list[Middleware]:
             root_path=services.settings.root_path,
             on_request=services.metrics.count_request,
         ),
+        Middleware(GZipMiddleware, minimum_size=_COMPRESS_FROM_BYTES),
+        Middleware(Dashboard, root_path=services.settings.root_path),
         Middleware(Authentication, authenticator=authenticator),
         Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),
-        Middleware(GZipMiddleware, minimum_size=_COMPRESS_FROM_BYTES),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Who asks, and what they may do: bearer tokens with scopes.
+"""Who asks, and what they may do: tokens with scopes, sent as such or behind a session's cookie.
 
 Only hashes of tokens are kept, and a token is found by the hash of what was sent: no comparison
 runs over the secret itself, so its timing tells nothing.
@@ -13,14 +13,23 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from merging.errors import MergeError
-from service.jobs.store import TokenStore
+from service.jobs.records import SessionRecord, TokenRecord
+from service.jobs.store import SessionStore, TokenStore
 from service.problems import RequestError
 from service.settings import ENV_PREFIX, Settings
 
 _TOUCH_INTERVAL = timedelta(minutes=1)
 _LONGEST_TOKEN = 512
+
+LOGIN_CODE_LIFETIME = timedelta(seconds=90)
+"""How long the link of the first start can be opened."""
+
+
+class Credentials(TokenStore, SessionStore, Protocol):
+    """What the job store knows of those who ask."""
 
 
 class Scope(StrEnum):
@@ -34,11 +43,12 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The token that a request came with."""
+    """The token that a request came with, and the session if a browser sent that instead."""
 
     token_id: str
     name: str
     scopes: frozenset[str]
+    session: SessionRecord | None = None
 
     def require(self, scope: Scope) -> None:
         """Raise ``forbidden`` unless the token has the scope."""
@@ -53,16 +63,18 @@ class Principal:
 class Authenticator:
     """Finds the token of a request. Calls block on the store."""
 
-    def __init__(self, tokens: TokenStore, clock: Callable[[], datetime]) -> None:
-        self._tokens = tokens
+    def __init__(self, credentials: Credentials, clock: Callable[[], datetime]) -> None:
+        self._credentials = credentials
         self._clock = clock
 
-    def authenticate(self, authorization: str | None) -> Principal:
-        """The principal of an ``Authorization`` header.
+    def authenticate(self, authorization: str | None, cookie: str | None = None) -> Principal:
+        """The principal of an ``Authorization`` header or, without one, of a session's cookie.
 
         Raises:
-            RequestError: ``unauthenticated`` without a valid token.
+            RequestError: ``unauthenticated`` without a valid token or session.
         """
+        if authorization is None and cookie:
+            return self._from_session(cookie)
         scheme, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()
         if scheme.lower() != "bearer" or not secret:
@@ -70,34 +82,47 @@ class Authenticator:
                 "Send a token with the request: 'Authorization: Bearer <token>'.",
                 code="unauthenticated",
             )
-        is_plausible = len(secret) <= _LONGEST_TOKEN and secret.isascii() and secret.isprintable()
-        token = self._tokens.find_token(secret) if is_plausible else None
+        token = self._credentials.find_token(secret) if _is_plausible(secret) else None
         if token is None:
             raise RequestError(
                 "The token is not known, has expired or was revoked.", code="unauthenticated"
             )
+        return self._principal(token)
+
+    def _from_session(self, cookie: str) -> Principal:
+        found = self._credentials.find_session(cookie) if _is_plausible(cookie) else None
+        if found is None:
+            raise RequestError("The session has ended; log in again.", code="unauthenticated")
+        session, token = found
+        return self._principal(token, session)
+
+    def _principal(self, token: TokenRecord, session: SessionRecord | None = None) -> Principal:
         if token.last_used_at is None or self._clock() - token.last_used_at > _TOUCH_INTERVAL:
-            self._tokens.touch_token(token.id)
-        return Principal(token.id, token.name, frozenset(token.scopes))
+            self._credentials.touch_token(token.id)
+        return Principal(token.id, token.name, frozenset(token.scopes), session)
 
 
-def prepare_first_token(
-    tokens: TokenStore, settings: Settings, announce: Callable[[str], None]
-) -> None:
+def _is_plausible(secret: str) -> bool:
+    return len(secret) <= _LONGEST_TOKEN and secret.isascii() and secret.isprintable()
+
+
+def prepare_first_token(tokens: TokenStore, settings: Settings) -> TokenRecord | None:
     """Make sure that somebody can use the service.
 
     A configured administrator's token is imported and never shown. Otherwise, when there is no
-    usable token, one is made, written to a file that only this user can read, and announced: this
-    once, never at a later start.
+    usable token, one is made and written to a file that only this user can read.
+
+    Returns:
+        The token, if this call made one.
 
     Raises:
         MergeError: ``bad_setting``: the file cannot be written.
     """
     if settings.admin_token is not None:
         tokens.import_token("admin", [Scope.ADMIN], settings.admin_token.get_secret_value())
-        return
+        return None
     if any(token.revoked_at is None for token in tokens.list_tokens()):
-        return
+        return None
     token, secret = tokens.create_token("admin", [Scope.ADMIN])
     path = settings.admin_token_file
     try:
@@ -109,7 +134,7 @@ def prepare_first_token(
             f" writable, or set {ENV_PREFIX}ADMIN_TOKEN.",
             code="bad_setting",
         ) from error
-    announce(f"Administrator's token, shown this once and kept in {path}:\n  {secret}")
+    return token
 
 
 def _write_secret(path: Path, secret: str) -> None:

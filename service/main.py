@@ -17,7 +17,7 @@ from merging.storage.base import Storage
 from merging.storage.router import open_storage
 from service.api.deps import ReadinessCheck
 from service.app import create_app
-from service.auth import prepare_first_token
+from service.auth import LOGIN_CODE_LIFETIME, prepare_first_token
 from service.forecast import Forecast
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.logs import configure_logging
@@ -65,7 +65,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         listener = stack.enter_context(bind(settings.host, settings.port))
         store = _open_store(settings)
         stack.callback(store.close)
-        prepare_first_token(store, settings, announce)
+        first_token = prepare_first_token(store, settings)
         pool = _make_pool(settings)
         stack.callback(pool.close)
         forecast = Forecast(settings.data_dir / "rates.json", settings.device)
@@ -81,8 +81,15 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
         runner.start()
         stack.callback(_stop_runner, runner, settings.drain_seconds)
-        version = metadata.version("mergeyard")
-        announce(f"Mergeyard {version} listens on {address_of(listener, settings.root_path)}")
+        version, address = metadata.version("mergeyard"), address_of(listener, settings.root_path)
+        if first_token is not None:
+            code = store.create_login_code(first_token.id, LOGIN_CODE_LIFETIME)
+            announce(
+                f"The first administrator's token is in {settings.admin_token_file}\n"
+                f"Open this once, within {LOGIN_CODE_LIFETIME.seconds} seconds, to log in:"
+                f" {address}/auth?code={code}"
+            )
+        announce(f"Mergeyard {version} listens on {address}")
         server.run(sockets=[listener])
 
 

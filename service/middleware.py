@@ -1,7 +1,7 @@
 """What happens around every request, as plain ASGI (so that event streams pass unbuffered).
 
 From the outside in: :class:`RequestContext` (request id, headers, log line, metrics, last resort),
-:class:`Authentication`, :class:`BodyRules`.
+:class:`service.dashboard.files.Dashboard`, :class:`Authentication`, :class:`BodyRules`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merging.errors import MergeError
 from service.auth import Authenticator
+from service.browser import refuse_other_sites, session_cookie
+from service.paths import route_path
 from service.problems import RequestError, problem, problem_from_error, problem_response
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -33,8 +35,9 @@ _HEADERS = {
 }
 """Sent with every answer that does not say otherwise itself."""
 
-PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
-"""What can be read without a token."""
+PROBES = frozenset({"/healthz", "/readyz"})
+PUBLIC_PATHS = frozenset({*PROBES, "/auth"})
+"""What can be read without a token; ``/auth`` takes the code of a one-time link instead."""
 
 OnRequest = Callable[[str, str, int, float], None]
 """``on_request(method, route, status, seconds)``, after each answer."""
@@ -105,10 +108,10 @@ class RequestContext:
         return problem("internal", detail, instance=scope["path"], request_id=request_id)
 
     def _note(self, scope: Scope, status: int, seconds: float, sent_bytes: int) -> None:
-        route = getattr(scope.get("route"), "path", "unknown")
+        route = getattr(scope.get("route"), "path", scope["state"].get("route", "unknown"))
         self._on_request(scope["method"], route, status, seconds)
         principal = scope["state"].get("principal")
-        is_probe = scope["path"] in PUBLIC_PATHS and status < 400
+        is_probe = scope["path"] in PROBES and status < 400
         write = self._log.debug if is_probe else self._log.info
         if status >= 500 or not status:
             write = self._log.warning
@@ -125,7 +128,7 @@ class RequestContext:
 
 
 class Authentication:
-    """Lets nothing pass without a token but :data:`PUBLIC_PATHS`; puts the principal in the state.
+    """Lets nothing pass without a token or session but :data:`PUBLIC_PATHS`; notes the principal.
 
     Before routing and before the body is read, so that a stranger learns nothing of either.
     """
@@ -136,9 +139,15 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find out who asks, and pass on."""
-        if scope["type"] == "http" and _route_path(scope) not in PUBLIC_PATHS:
-            header = Headers(scope=scope).get("authorization")
-            principal = await run_in_threadpool(self._authenticator.authenticate, header)
+        if scope["type"] == "http" and route_path(scope) not in PUBLIC_PATHS:
+            headers = Headers(scope=scope)
+            principal = await run_in_threadpool(
+                self._authenticator.authenticate,
+                headers.get("authorization"),
+                session_cookie(headers),
+            )
+            if principal.session is not None:
+                refuse_other_sites(scope["method"], headers)
             scope["state"]["principal"] = principal
         await self._app(scope, receive, send)
 
@@ -181,9 +190,3 @@ class BodyRules:
 
     def _too_large(self) -> str:
         return f"A request body may have {self._limit} bytes at most"
-
-
-def _route_path(scope: Scope) -> str:
-    """The path as the routes see it: without the prefix under which a proxy publishes us."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path.removeprefix(root) if root else path

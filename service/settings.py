@@ -81,6 +81,10 @@ class Settings(BaseSettings):
         " it the first start makes one and writes it to admin-token in the data folder.",
     )
 
+    session_hours: float = Field(
+        default=12, gt=0, le=24 * 30, description="How long a browser stays logged in."
+    )
+
     pool: Literal["ray", "local"] = Field(
         default="ray", description="What executes shards: Ray, or threads of this process."
     )

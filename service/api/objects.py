@@ -218,6 +218,18 @@ class NewToken(TokenObject):
     secret: str = Field(description="Shown this once.")
 
 
+class SessionObject(BaseModel):
+    """Who asks. Without a session (a token was sent) its own fields are null."""
+
+    object: Literal["session"] = "session"
+    id: str | None
+    created_at: datetime | None
+    expires_at: datetime | None
+    token_id: str
+    token_name: str
+    scopes: list[str]
+
+
 class CheckObject(BaseModel):
     """One check of ``/readyz``."""
 

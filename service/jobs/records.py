@@ -264,3 +264,12 @@ class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
+
+
+class SessionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A browser that is logged in with a token; the secret is in its cookie only."""
+
+    id: str
+    token_id: str
+    created_at: datetime
+    expires_at: datetime

@@ -1,8 +1,8 @@
 """The job store on SQLite or PostgreSQL.
 
 The statements lie in files by who uses them: ``sql_read`` and ``sql_queue`` for the API,
-``sql_claimed`` for the runner, ``sql_tokens`` for authentication; ``sql_base`` holds what keeps
-the store's rules.
+``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication; ``sql_base``
+holds what keeps the store's rules.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
 from service.jobs.sql_queue import QueueStatements
 from service.jobs.sql_read import ReadStatements
+from service.jobs.sql_sessions import SessionStatements
 from service.jobs.sql_tokens import TokenStatements
 
 
-class SqlJobStore(ReadStatements, QueueStatements, ClaimedStatements, TokenStatements):
+class SqlJobStore(
+    ReadStatements, QueueStatements, ClaimedStatements, TokenStatements, SessionStatements
+):
     """See :class:`service.jobs.store.JobStore`."""
 
     def ping(self) -> None:

@@ -16,7 +16,7 @@ from service.jobs.ids import new_id
 from service.jobs.records import TokenRecord
 from service.jobs.rows import to_record
 from service.jobs.sql_base import SqlBase
-from service.jobs.tables import tokens
+from service.jobs.tables import sessions, tokens
 
 SECRET_PREFIX = "mergeyard_"  # noqa: S105 - what scanners look for, not a secret
 _DIGITS = string.digits + string.ascii_letters
@@ -45,7 +45,7 @@ class TokenStatements(SqlBase):
     def import_token(self, name: str, scopes: Sequence[str], secret: str) -> TokenRecord:
         """See :meth:`service.jobs.store.TokenStore.import_token`."""
         with self._write() as connection:
-            known = sa.select(tokens).where(tokens.c.hash == _hash(secret))
+            known = sa.select(tokens).where(tokens.c.hash == hash_secret(secret))
             row = connection.execute(known).one_or_none()
             if row is not None:
                 return to_record(row, TokenRecord)
@@ -65,7 +65,7 @@ class TokenStatements(SqlBase):
             id=new_id("tok", now),
             name=name,
             prefix=shown,
-            hash=_hash(secret),
+            hash=hash_secret(secret),
             scopes=list(scopes),
             created_at=now,
             expires_at=expires_at,
@@ -74,11 +74,8 @@ class TokenStatements(SqlBase):
 
     def find_token(self, secret: str) -> TokenRecord | None:
         """See :meth:`service.jobs.store.TokenStore.find_token`."""
-        query = sa.select(tokens).where(
-            tokens.c.hash == _hash(secret),
-            tokens.c.revoked_at.is_(None),
-            sa.or_(tokens.c.expires_at.is_(None), tokens.c.expires_at > self._clock()),
-        )
+        same = tokens.c.hash == hash_secret(secret)
+        query = sa.select(tokens).where(same, is_usable(self._clock()))
         with self._read() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else to_record(row, TokenRecord)
@@ -95,6 +92,7 @@ class TokenStatements(SqlBase):
         update = sa.update(tokens).where(tokens.c.id == token_id).values(revoked_at=revoked_at)
         with self._write() as connection:
             row = connection.execute(update.returning(tokens)).one_or_none()
+            connection.execute(sa.delete(sessions).where(sessions.c.token_id == token_id))
         if row is None:
             raise NotFoundError(f"There is no token {token_id}.", context={"token_id": token_id})
         return to_record(row, TokenRecord)
@@ -110,6 +108,12 @@ class TokenStatements(SqlBase):
             connection.execute(update.values(last_used_at=now))
 
 
-def _hash(secret: str) -> str:
+def is_usable(now: datetime) -> sa.ColumnElement[bool]:
+    """The token is neither revoked nor expired."""
+    fresh = sa.or_(tokens.c.expires_at.is_(None), tokens.c.expires_at > now)
+    return sa.and_(tokens.c.revoked_at.is_(None), fresh)
+
+
+def hash_secret(secret: str) -> str:
     """SHA-256 suffices: secrets are long and random, so there is nothing to guess."""
     return hashlib.sha256(secret.encode()).hexdigest()

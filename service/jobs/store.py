@@ -14,7 +14,7 @@ All methods are safe to call from many threads and raise
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from merging.plan.plan import Plan
@@ -29,6 +29,7 @@ from service.jobs.records import (
     JobRecord,
     NewJob,
     Progress,
+    SessionRecord,
     ShardCounts,
     ShardRecord,
     TokenRecord,
@@ -54,10 +55,29 @@ class TokenStore(Protocol):
         """All tokens, newest first."""
 
     def revoke_token(self, token_id: str) -> TokenRecord:
-        """Make a token useless; repeatable. Raises ``NotFoundError``."""
+        """Make a token and its sessions useless; repeatable. Raises ``NotFoundError``."""
 
     def touch_token(self, token_id: str) -> None:
         """Note that a token was used; written at most once a minute."""
+
+
+class SessionStore(Protocol):
+    """Browsers that are logged in; of secrets and codes only a hash is kept."""
+
+    def create_session(self, token_id: str, lifetime: timedelta) -> tuple[SessionRecord, str]:
+        """Log a browser in with a token; returns the secret for its cookie too."""
+
+    def find_session(self, secret: str) -> tuple[SessionRecord, TokenRecord] | None:
+        """The session of a secret with its token; None if either has ended or is not known."""
+
+    def end_session(self, session_id: str) -> None:
+        """Make a session useless; repeatable."""
+
+    def create_login_code(self, token_id: str, lifetime: timedelta) -> str:
+        """A code that can be exchanged once for a session of the token."""
+
+    def redeem_login_code(self, code: str) -> str | None:
+        """Use a code up; the id of its token, or None if it is unknown, used or too old."""
 
 
 class JobQueue(Protocol):
@@ -232,7 +252,7 @@ class ClaimedJobs(Protocol):
         """Append an event that changes nothing else (``job.warning``)."""
 
 
-class JobStore(JobQueue, ClaimedJobs, TokenStore, Protocol):
+class JobStore(JobQueue, ClaimedJobs, TokenStore, SessionStore, Protocol):
     """Everything that the service keeps."""
 
     def ping(self) -> None:

@@ -204,3 +204,27 @@ tokens = sa.Table(
     sa.Column("revoked_at", UtcDateTime),
     sa.Column("last_used_at", UtcDateTime),
 )
+
+
+def _token_id() -> sa.Column[str]:
+    reference = sa.ForeignKey("tokens.id", ondelete="CASCADE")
+    return sa.Column("token_id", sa.String(64), reference, nullable=False)
+
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    _token_id(),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime, nullable=False),
+)
+
+login_codes = sa.Table(
+    "login_codes",
+    metadata,
+    sa.Column("hash", sa.String(64), primary_key=True),
+    _token_id(),
+    sa.Column("expires_at", UtcDateTime, nullable=False),
+)

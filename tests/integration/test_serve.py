@@ -70,13 +70,20 @@ def test_the_controller_loads_no_heavy_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_token_is_shown_once_and_the_end_is_clean(tmp_path: Path) -> None:
+def test_the_first_start_offers_a_link_that_logs_in_once(tmp_path: Path) -> None:
     with served(tmp_path) as service:
         token_file = tmp_path / "data" / "admin-token"
         secret = token_file.read_text().strip()
         assert token_file.stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
-        assert secret in "".join(service.output)
+        output = "".join(service.output)
+        assert secret not in output
+        assert str(token_file) in output
+        (link,) = (word for word in output.split() if word.startswith(f"{service.url}/auth?code="))
+        with httpx.Client(base_url=service.url) as browser:
+            assert browser.get(link).headers["location"] == "/"
+            assert browser.get("/v1/sessions/current").json()["scopes"] == ["admin"]
+            assert browser.get(link).status_code == 401
         checks = service.client.get("/readyz").json()["checks"]
         assert {check["name"]: check["status"] for check in checks} == {
             "database": "ok",
@@ -85,9 +92,12 @@ def test_the_first_token_is_shown_once_and_the_end_is_clean(tmp_path: Path) -> N
         assert service.client.get("/v1/jobs").status_code == 200
         assert service.terminate() == 0
     with served(tmp_path) as service:
-        assert secret not in "".join(service.output)
+        assert "/auth?code=" not in "".join(service.output)
         assert service.client.get("/v1/jobs").status_code == 200
-    assert secret not in (tmp_path / "service.log").read_text()
+        assert service.terminate() == 0
+    log = (tmp_path / "service.log").read_text()
+    assert secret not in log
+    assert link.partition("=")[2] not in log
 
 
 @pytest.mark.slow

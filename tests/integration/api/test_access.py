@@ -7,14 +7,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.auth import Scope
-from service.middleware import PUBLIC_PATHS
+from service.middleware import PROBES, PUBLIC_PATHS
 from tests.integration.api.test_problems import check_problem, fill
 from tests.support.api import LiveApi
 
 
 def test_only_the_probes_are_public(api: LiveApi) -> None:
     public = [path for _, path, operation in api.operations() if not operation["security"]]
-    assert set(public) == set(PUBLIC_PATHS)
+    assert set(public) == PROBES
+    assert {"/auth"} == PUBLIC_PATHS - PROBES  # a page for people, not part of the API
     with api.client() as stranger:
         for path in public:
             assert stranger.get(path).status_code == 200

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.jobs.errors import StoreUnavailableError
-from service.middleware import PUBLIC_PATHS
+from service.middleware import PROBES
 from service.problems import PROBLEM_JSON
 from tests.integration.api.test_problems import check_problem
 from tests.support.api import RECIPE, LiveApi, live_api, read_stream
@@ -148,7 +148,7 @@ def test_a_path_prefix_may_be_stripped_by_the_proxy_or_not(own_api: LiveApi) -> 
         page = own_api.admin.get(f"{path}?limit=1").json()
         assert [item["id"] for item in page["data"]] == [job["id"]]
     with own_api.client() as stranger:
-        for path in PUBLIC_PATHS:
+        for path in PROBES:
             assert stranger.get(f"/merge{path}").status_code == 200
         check_problem(stranger.get("/merge/v1/jobs"), "unauthenticated")
 
