@@ -1,17 +1,15 @@
 """How well plans foretell their time: estimates beside what merges took on this machine.
 
-    python -m benchmarks.estimate [--layer] [--json FILE]
+    python -m benchmarks estimate [--block] [--json FILE]
 
-Merges a small Llama (hidden 192 and 256) with several methods. ``--layer`` adds one 4096×4096 layer
-of a 7B model with 20 steps of WUDI (about a minute), and what the same rates say of a whole block.
-Rates are measured first, as a worker does it, and are not corrected in between.
+Merges a small Llama (hidden 192 and 256) with several methods. ``--block`` adds one block of a 7B
+model with WUDI, three experts and two steps (about six minutes), and what the same rates say of the
+whole model. Rates are measured first, as a worker does it, and are not corrected in between.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import msgspec
 import torch
 
+from benchmarks.records import write_record
 from merging.execute.shard import run_shard
 from merging.options import MergeOptions
 from merging.plan.plan import Plan
@@ -39,31 +38,38 @@ METHODS: dict[str, dict[str, float]] = {
     "wudi": {},
 }
 HIDDEN, INTERMEDIATE, LAYERS = 4096, 11008, 32
+BLOCK = {
+    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+"""Linear layers of one block of Llama 7B, out×in."""
 
 
 def main() -> None:
     """Run the cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layer", action="store_true", help="also one layer of a 7B model")
+    parser.add_argument("--block", action="store_true", help="also one block of a 7B model")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rates = measure_rates("cpu", "cpu", 1, folder)
         results = [*_small_models(folder, rates)]
-        if arguments.layer:
-            results.append(_large_layer(folder, rates))
+        if arguments.block:
+            results.append(_large_block(folder, rates))
     for result in results:
         print(
             f"{result['case']:32} estimate {result['estimate']:8.2f} s"
             f"  truth {result['truth']:8.2f} s  ratio {result['estimate'] / result['truth']:.2f}"
         )
-    if arguments.layer:
+    if arguments.block:
         hours = _whole_model_seconds(rates) / 3600
         print(f"a 7B model with 300 steps on one such core: {hours:.0f} h")
     if arguments.json:
-        facts = {"machine": platform.processor(), "rates": msgspec.to_builtins(rates)}
-        arguments.json.write_text(json.dumps({**facts, "results": results}, indent=2))
+        figures = {"rates": msgspec.to_builtins(rates), "merges": results}
+        write_record(arguments.json, torch.device("cpu"), figures)
 
 
 def _small_models(folder: Path, rates: Rates) -> list[dict[str, Any]]:
@@ -81,14 +87,20 @@ def _small_models(folder: Path, rates: Rates) -> list[dict[str, Any]]:
     return results
 
 
-def _large_layer(folder: Path, rates: Rates) -> dict[str, Any]:
+def _large_block(folder: Path, rates: Rates) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    weight = 0.02 * torch.randn(HIDDEN, HIDDEN, generator=generator)
-    base = {"model.layers.0.self_attn.q_proj.weight": weight.bfloat16()}
-    states = [base, *(tune(base, seed=seed) for seed in (1, 2, 3))]
-    paths = [str(write_checkpoint(folder / f"layer-{n}", state)) for n, state in enumerate(states)]
-    plan = _plan(paths[0], paths[1:], "wudi", folder / "layer-out", steps=20)
-    return _compare(f"{HIDDEN}×{HIDDEN} wudi, 20 steps", plan, rates)
+    base = {
+        f"model.layers.0.{name}.weight": torch.randn(shape, generator=generator)
+        .mul_(0.02)
+        .bfloat16()
+        for name, shape in BLOCK.items()
+    }
+    paths = []
+    for number in range(4):
+        state = tune(base, seed=number) if number else base
+        paths.append(str(write_checkpoint(folder / f"block-{number}", state)))
+    plan = _plan(paths[0], paths[1:], "wudi", folder / "block-out", steps=2)
+    return _compare("7B block wudi, 2 steps", plan, rates)
 
 
 def _plan(base: str, experts: list[str], method: str, output: Path, **parameters: object) -> Plan:
@@ -125,11 +137,10 @@ def _whole_model_seconds(rates: Rates) -> float:
     from merging.method import Geometry, get_method
 
     method = get_method("wudi")
-    shapes = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
-    costs = [method.cost(Geometry(shape, 3), method.parameters()) for shape in shapes]
+    costs = [method.cost(Geometry(shape, 3), method.parameters()) for shape in BLOCK.values()]
     seconds = [
         cost.flops / rates.flops_per_second(*shape)
-        for cost, shape in zip(costs, shapes, strict=True)
+        for cost, shape in zip(costs, BLOCK.values(), strict=True)
     ]
     return LAYERS * sum(seconds)
 

@@ -30,6 +30,7 @@ from merging.ops.forms import (
     direct_entries,
     direct_flops,
     reading_entries,
+    ridge_flops,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def merge_wudi_cfs(
 
 
 def _flops(shape: LayerShape) -> Flops:
-    return direct_flops(shape, lambda size: size**3 / 3 + 2.0 * shape.rows * size**2)
+    return direct_flops(shape, lambda size: ridge_flops(shape.rows, size))
 
 
 def wudi_cfs_cost(geometry: Geometry, parameters: WudiCfsParameters) -> Cost:

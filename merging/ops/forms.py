@@ -26,6 +26,13 @@ EIGH_FLOPS = 12
 """An eigendecomposition of N×N takes as long as a product of so many N³ operations: 11 to 13 on a
 CPU from 768 to 3072 columns (float32, MKL)."""
 
+MAX_DOUBLE_COLUMNS = 4096
+"""Up to here a ridge is factorised in float64; beyond, float64 is tried if float32 fails."""
+
+_CHOLESKY_SHARE, _SOLVE_SHARE = 5, 3
+"""An operation of a factorisation in float64, and of the triangular solves after it, takes as long
+as so many of a float32 product: 3.7 to 8.6 and 2.7 to 5.6 on a CPU from 192 to 4096 columns."""
+
 _SYMMETRIC_SHARE = 0.625
 """Share of a product whose result is symmetric that :func:`gram_form.symmetric_product` does."""
 
@@ -104,6 +111,14 @@ def exponential_degree(t: float, largest_eigenvalue: float = 1.0) -> int:
 def eigh_flops(rows: int, columns: int) -> float:
     """Operations of a spectral filter on rows×columns: decomposition and three products."""
     return EIGH_FLOPS * float(columns) ** 3 + 6.0 * rows * columns**2
+
+
+def ridge_flops(rows: int, columns: int) -> float:
+    """Operations of a ridge on rows×columns, as of products that take as long: Cholesky's factor
+    and two triangular solves.
+    """
+    flops = _CHOLESKY_SHARE * columns**3 / 3 + _SOLVE_SHARE * 2.0 * rows * columns**2
+    return flops if columns <= MAX_DOUBLE_COLUMNS else flops / 2
 
 
 def filter_flops(shape: LayerShape) -> Flops:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from merging.ops.forms import MAX_DOUBLE_COLUMNS
 from merging.ops.problem import LayerProblem, SolveError
-
-_MAX_DOUBLE_COLUMNS = 4096
-"""Up to here the factorisation runs in float64; beyond, float64 is tried if float32 fails."""
 
 
 def ridge_solution(
@@ -46,7 +44,7 @@ def _factorise(A: torch.Tensor, ridge: float) -> torch.Tensor:
     Raises:
         SolveError: The matrix is not positive definite.
     """
-    dtypes = [A.dtype, torch.float64] if len(A) > _MAX_DOUBLE_COLUMNS else [torch.float64]
+    dtypes = [A.dtype, torch.float64] if len(A) > MAX_DOUBLE_COLUMNS else [torch.float64]
     for dtype in dtypes:
         ridged = A.to(dtype, copy=True)
         ridged.diagonal().add_(ridge)

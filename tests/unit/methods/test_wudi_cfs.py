@@ -115,7 +115,7 @@ def test_a_ridge_too_small_for_a_singular_matrix_is_an_error_that_names_the_tens
 
 
 def test_wide_layers_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merging.ops.ridge._MAX_DOUBLE_COLUMNS", 8)
+    monkeypatch.setattr("merging.ops.ridge.MAX_DOUBLE_COLUMNS", 8)
     base, experts = make_models((24, 96), 8, base_rms=0)
     vectors = oracle.task_vectors(base, experts)
     omegas = [0.1 * np.sum(T**2) / 96 for T in vectors]
