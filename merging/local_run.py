@@ -7,6 +7,7 @@ from typing import Any
 
 from merging.execute.shard import ShardCounts, run_shard
 from merging.plan.plan import Plan
+from merging.plan.stages import shards_left
 from merging.publish import prepare_output, publish
 from merging.receipts import Receipt, read_receipt
 from merging.storage.base import Storage
@@ -37,18 +38,17 @@ def run_plan(
     """
     prepare_output(plan, storage)
     digest = plan.digest
-    receipts = []
-    for shard in plan.shards:
-        receipt = read_receipt(storage, plan.output_uri, digest, shard.file_name)
-        if receipt is None:
-            receipt = engine(
-                plan.work(shard.index, digest),
-                storage,
-                device=device,
-                on_progress=_with_index(on_progress, shard.index),
-            )
-        receipts.append(receipt)
-    return publish(plan, receipts, storage)
+    found = {s.index: read_receipt(storage, plan.output_uri, digest, s) for s in plan.shards}
+    receipts = {index: receipt for index, receipt in found.items() if receipt is not None}
+    for index in sorted(shards_left(plan, receipts)):
+        versions = {index: receipt.version for index, receipt in receipts.items()}
+        receipts[index] = engine(
+            plan.work(index, digest, versions),
+            storage,
+            device=device,
+            on_progress=_with_index(on_progress, index),
+        )
+    return publish(plan, list(receipts.values()), storage)
 
 
 def _with_index(

@@ -56,7 +56,7 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
 
     Args:
         plan: The plan.
-        receipts: One per shard, in any order.
+        receipts: Of all shards of weights, in any order; of others as far as there are any.
         storage: Where the output is.
 
     Returns:
@@ -113,9 +113,9 @@ def read_report(storage: Storage, output_uri: str) -> dict[str, Any]:
 
 def _weight_index(plan: Plan) -> dict[str, Any]:
     weight_map = {
-        problem.tensor_name: shard.file_name for shard in plan.shards for problem in shard.problems
+        problem.tensor_name: shard.file_name for shard in plan.outputs for problem in shard.problems
     }
-    total = sum(data_bytes(problem) for shard in plan.shards for problem in shard.problems)
+    total = sum(data_bytes(problem) for shard in plan.outputs for problem in shard.problems)
     return {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
@@ -127,7 +127,7 @@ def _sweep(plan: Plan, storage: Storage) -> None:
 
     The checkpoint is complete by now: what cannot be removed does it no harm.
     """
-    ours = {shard.file_name for shard in plan.shards}
+    ours = {shard.file_name for shard in plan.outputs}
     with contextlib.suppress(StorageError):
         for item in storage.list(plan.output_uri):
             name = item.uri[len(plan.output_uri) + 1 :]

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from merging.errors import StorageError
-from merging.plan.plan import WORKSPACE
+from merging.plan.plan import Shard, file_uri, workspace_uri
 from merging.rates import Rates
 from merging.storage.base import Storage
 
@@ -33,7 +33,7 @@ class Receipt(msgspec.Struct, frozen=True):
     Attributes:
         plan_digest: The plan it belongs to.
         shard_index: Which shard.
-        file_name: The output file.
+        file_name: The file.
         size: Its bytes.
         sha256: Hex digest of the file.
         version: Its version pin in storage.
@@ -65,11 +65,6 @@ class Receipt(msgspec.Struct, frozen=True):
     rates: Rates | None = None
 
 
-def workspace_uri(output_uri: str, plan_digest: str) -> str:
-    """Folder for receipts of one plan under its output."""
-    return f"{output_uri}/{WORKSPACE}/{plan_digest.removeprefix('sha256:')[:16]}"
-
-
 def receipt_uri(output_uri: str, plan_digest: str, file_name: str) -> str:
     """Address of one receipt."""
     return f"{workspace_uri(output_uri, plan_digest)}/{file_name}.json"
@@ -82,13 +77,13 @@ def write_receipt(storage: Storage, output_uri: str, receipt: Receipt) -> None:
 
 
 def read_receipt(
-    storage: Storage, output_uri: str, plan_digest: str, file_name: str
+    storage: Storage, output_uri: str, plan_digest: str, shard: Shard
 ) -> Receipt | None:
     """The receipt of a shard if it is published and its file is still the one recorded."""
     try:
-        data = storage.read_bytes(receipt_uri(output_uri, plan_digest, file_name), limit=_LIMIT)
-        receipt = msgspec.json.decode(data, type=Receipt)
-        stat = storage.stat(f"{output_uri}/{file_name}")
+        uri = receipt_uri(output_uri, plan_digest, shard.file_name)
+        receipt = msgspec.json.decode(storage.read_bytes(uri, limit=_LIMIT), type=Receipt)
+        stat = storage.stat(file_uri(output_uri, plan_digest, shard))
     except StorageError as error:
         if error.code == "not_found":
             return None

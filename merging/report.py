@@ -18,7 +18,7 @@ from merging.method import get_method
 from merging.plan.plan import Plan, Problem
 from merging.plan.tensors import shorten_list
 from merging.plan.timing import shard_seconds
-from merging.receipts import Receipt
+from merging.receipts import ProblemFigures, Receipt
 
 REPORT_NAME = "merge_report.json"
 CARD_NAME = "README.md"
@@ -47,12 +47,14 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
 
     Args:
         plan: The plan.
-        receipts: One per shard, in shard order.
+        receipts: In shard order.
     """
     digest = hashlib.sha256()
-    for receipt in receipts:
+    written = [receipt for receipt in receipts if plan.shards[receipt.shard_index].is_output]
+    for receipt in written:
         digest.update(f"{receipt.file_name} {receipt.sha256}\n".encode())
-    planned = {p.tensor_name: p for shard in plan.shards for p in shard.problems}
+    planned = {p.tensor_name: p for shard in plan.outputs for p in shard.problems}
+    tensors = _tensors(plan, receipts)
     return {
         "object": "merge_report",
         "recipe": plan.recipe,
@@ -66,20 +68,22 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "output": {
             "uri": plan.output_uri,
             "digest": f"sha256:{digest.hexdigest()}",
-            "bytes": sum(receipt.size for receipt in receipts),
-            "files": [{"name": r.file_name, "size": r.size, "sha256": r.sha256} for r in receipts],
+            "bytes": sum(receipt.size for receipt in written),
+            "files": [{"name": r.file_name, "size": r.size, "sha256": r.sha256} for r in written],
         },
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "read_requests": sum(receipt.read_requests for receipt in receipts),
+        "bytes_intermediate": sum(receipt.size for receipt in receipts)
+        - sum(receipt.size for receipt in written),
         "flops_planned": plan.totals.flops,
-        "totals": _totals(receipts, planned),
+        "totals": _totals(tensors, planned),
         "seconds": _sum_seconds(receipt.seconds for receipt in receipts),
         "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),
         "estimate": _estimate(plan, receipts),
         "peak_buffer_bytes": max((r.peak_buffer_bytes for r in receipts), default=0),
         "devices": sorted({receipt.device for receipt in receipts}),
         "workers": sorted({receipt.worker for receipt in receipts}),
-        "warnings": [*plan.warnings, *_warnings_of_tensors(receipts)],
+        "warnings": [*plan.warnings, *_warnings_of_tensors(tensors)],
         "versions": engine_versions(),
         "tensors": [
             {
@@ -92,15 +96,34 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
                 "seconds": figure.solve_seconds,
                 **figure.figures,
             }
-            for receipt in receipts
-            for figure in receipt.problems
+            for figure in tensors
         ],
     }
 
 
-def _totals(receipts: Sequence[Receipt], planned: Mapping[str, Problem]) -> dict[str, Any]:
+def _tensors(plan: Plan, receipts: Sequence[Receipt]) -> list[ProblemFigures]:
+    """Figures of the output's tensors, with those of the intermediate work that was for them."""
+    early: dict[str, list[ProblemFigures]] = {}
+    tensors = []
+    for receipt in receipts:
+        for found in receipt.problems:
+            if not plan.shards[receipt.shard_index].is_output:
+                early.setdefault(found.tensor_name, []).append(found)
+                continue
+            parts = [*early.get(found.tensor_name, ()), found]
+            tensors.append(
+                ProblemFigures(
+                    tensor_name=found.tensor_name,
+                    method=found.method,
+                    solve_seconds=sum(part.solve_seconds for part in parts),
+                    figures={name: v for part in parts for name, v in part.figures.items()},
+                )
+            )
+    return tensors
+
+
+def _totals(figures: Sequence[ProblemFigures], planned: Mapping[str, Problem]) -> dict[str, Any]:
     """Sums over what was done, and the mean of what solving layers gained."""
-    figures = [figure for receipt in receipts for figure in receipt.problems]
     removed = [
         figure.figures["interference_removed"]
         for figure in figures
@@ -135,14 +158,13 @@ def _estimate(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, float] | Non
     return _sum_seconds(found)
 
 
-def _warnings_of_tensors(receipts: Sequence[Receipt]) -> list[str]:
+def _warnings_of_tensors(tensors: Sequence[ProblemFigures]) -> list[str]:
     """What methods warned of, each kind once: texts that differ in their figures are one kind."""
     kinds: dict[str, tuple[str, list[str]]] = {}
-    for receipt in receipts:
-        for figure in receipt.problems:
-            for text in figure.figures.get("warnings", ()):
-                _, names = kinds.setdefault(_NUMBER.sub("#", text), (text, []))
-                names.append(figure.tensor_name)
+    for figure in tensors:
+        for text in figure.figures.get("warnings", ()):
+            _, names = kinds.setdefault(_NUMBER.sub("#", text), (text, []))
+            names.append(figure.tensor_name)
     return [
         f"{names[0]}: {text}"
         if len(names) == 1

@@ -97,7 +97,7 @@ def verify_output(
 
     Args:
         plan: What was to be written.
-        receipts: One per shard, in order.
+        receipts: One per shard of weights, in order; those of other shards are not looked at.
         storage: Where the output is.
         read_weights: Also read every byte back and compare SHA-256 digests. Storage checks what it
             receives, so this is for those who do not trust it.
@@ -105,13 +105,15 @@ def verify_output(
     Raises:
         CheckpointError: ``digest_mismatch`` or ``missing_file``, naming the file.
     """
-    if [receipt.shard_index for receipt in receipts] != [shard.index for shard in plan.shards]:
+    outputs = plan.outputs
+    written = [receipt for receipt in receipts if plan.shards[receipt.shard_index].is_output]
+    if [receipt.shard_index for receipt in written] != [shard.index for shard in outputs]:
         raise CheckpointError(
-            f"The plan has {len(plan.shards)} shards but there are receipts for"
-            f" {sorted(receipt.shard_index for receipt in receipts)}.",
+            f"The plan has {len(outputs)} files of weights but there are receipts for"
+            f" {sorted(receipt.file_name for receipt in written)}.",
             code="missing_file",
         )
-    for shard, receipt in zip(plan.shards, receipts, strict=True):
+    for shard, receipt in zip(outputs, written, strict=True):
         uri = f"{plan.output_uri}/{shard.file_name}"
         stat = storage.stat(uri)
         if stat.version != receipt.version or stat.size != shard.size:

@@ -60,7 +60,7 @@ def run_task(
         emit(ShardStarted(*_identity(task), worker=_worker(), device=describe_device(device)))
         storage = _storage(task.storage_roots)
         work = task.work
-        receipt = read_receipt(storage, work.output_uri, work.plan_digest, work.shard.file_name)
+        receipt = read_receipt(storage, work.output_uri, work.plan_digest, work.shard)
         if receipt is None:
             run: Callable[..., Receipt] = pkgutil.resolve_name(engine)
             receipt = run(

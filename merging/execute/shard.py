@@ -156,9 +156,8 @@ class _ShardRun:
     def run(self) -> Receipt:
         work = self._work
         begin = time.perf_counter()
-        uri = f"{work.output_uri}/{work.shard.file_name}"
         with (
-            self._storage.open_writer(uri, work.shard.size) as writer,
+            self._storage.open_writer(work.file_uri, work.shard.size) as writer,
             ShardFile(writer, self._budget) as file,
             self._fetcher(writer.buffer_bytes) as fetcher,
         ):

@@ -17,6 +17,7 @@ every tensor is then aligned to its entry size, which readers of mapped files ne
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ import msgspec
 
 from merging.checkpoint.header import encode_header
 from merging.dtypes import ITEM_SIZE
-from merging.plan.plan import Problem, Shard
+from merging.plan.plan import WORKSPACE, Kind, Problem, Shard, Source, SourceFile
 
 FILE_METADATA = {"format": "pt"}
 """What transformers requires in the header of a weight file."""
@@ -42,12 +43,16 @@ _SEARCH_PARTS = 256
 """Evenness: the largest shard is at most 1/256 larger than it need be."""
 
 
-def pack(problems: Sequence[Problem], max_shard_size: int) -> tuple[Shard, ...]:
+def pack(
+    problems: Sequence[Problem], max_shard_size: int, *, first_index: int = 0, stage: str = ""
+) -> tuple[Shard, ...]:
     """Cut a list of problems, in the model's order, into shards.
 
     Args:
-        problems: All problems of the merge.
-        max_shard_size: Largest output file in bytes.
+        problems: All problems of the merge, or of a stage of it.
+        max_shard_size: Largest file in bytes.
+        first_index: Shards that come before these.
+        stage: Name of a stage that makes intermediate files; by default the files are the output's.
     """
     if not problems:
         return ()
@@ -58,8 +63,21 @@ def pack(problems: Sequence[Problem], max_shard_size: int) -> tuple[Shard, ...]:
     bounds = [*_cut(sizes, work, limit, flops_limit), len(problems)]
     count = len(bounds) - 1
     return tuple(
-        _shard(index, count, problems[bounds[index] : bounds[index + 1]]) for index in range(count)
+        make_shard(
+            first_index + number,
+            f"{stage or 'model'}-{number + 1:05d}-of-{count:05d}.safetensors",
+            problems[start:end],
+            kind="intermediate" if stage else "weights",
+        )
+        for number, (start, end) in enumerate(itertools.pairwise(bounds))
     )
+
+
+def make_shard(index: int, file_name: str, problems: Sequence[Problem], *, kind: Kind) -> Shard:
+    """The shard that makes a file of these tensors."""
+    ordered = tuple(sorted(problems, key=lambda p: -ITEM_SIZE[p.dtype]))
+    size = len(shard_header(ordered)) + sum(data_bytes(p) for p in ordered)
+    return Shard(index, file_name, size, ordered, kind)
 
 
 def shard_header(problems: Sequence[Problem]) -> bytes:
@@ -67,15 +85,25 @@ def shard_header(problems: Sequence[Problem]) -> bytes:
     return encode_header([(p.tensor_name, p.dtype, p.shape) for p in problems], FILE_METADATA)
 
 
+def intermediate_file(output_uri: str, shard: Shard) -> SourceFile:
+    """A shard's intermediate file as a source of later shards, to be pinned when it is there."""
+    return SourceFile(f"{output_uri}/{WORKSPACE}/{shard.file_name}", shard.size, "", shard.index)
+
+
+def tensor_sources(shard: Shard, file: int) -> dict[str, Source]:
+    """Where the tensors lie in a shard's file, which has that number among the plan's files."""
+    start = len(shard_header(shard.problems))
+    sources = {}
+    for problem in shard.problems:
+        end = start + data_bytes(problem)
+        sources[problem.tensor_name] = Source(file, start, end, problem.dtype)
+        start = end
+    return sources
+
+
 def data_bytes(problem: Problem) -> int:
     """Bytes of the output tensor."""
     return problem.num_entries * ITEM_SIZE[problem.dtype]
-
-
-def _shard(index: int, count: int, problems: Sequence[Problem]) -> Shard:
-    ordered = tuple(sorted(problems, key=lambda p: -ITEM_SIZE[p.dtype]))
-    size = len(shard_header(ordered)) + sum(data_bytes(p) for p in ordered)
-    return Shard(index, f"model-{index + 1:05d}-of-{count:05d}.safetensors", size, ordered)
 
 
 def _file_share(problem: Problem, max_shard_size: int) -> int:

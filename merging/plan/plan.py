@@ -8,26 +8,35 @@ resolved parameters, row blocks, accumulation order, thread count. A worker rece
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Version of the serialised form; a worker refuses a plan of another one."""
 
 WORKSPACE = ".mergeyard"
 """Folder under the output that holds a merge in progress; removed when it is published."""
+
+Kind = Literal["weights", "intermediate"]
+"""What a shard's file is; see :class:`Shard`."""
 
 COPY = "copy"
 """Pseudo-method of a tensor that is taken over from one source (its base), cast if need be."""
 
 
 class SourceFile(msgspec.Struct, frozen=True, array_like=True):
-    """A weight file to read from, pinned to the version that was seen at planning."""
+    """A file to read from, pinned to the version that was seen at planning.
+
+    ``shard`` is the shard that makes the file while the plan runs: its address and version are
+    filled in once that is done (:meth:`Plan.work`). None for a file of an input.
+    """
 
     uri: str
     size: int
     version: str
+    shard: int | None = None
 
 
 class Source(msgspec.Struct, frozen=True, array_like=True):
@@ -105,12 +114,23 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """One output file: its problems in the order of the file, and the file's exact size."""
+    """One file: its problems in the order of the file, and the file's exact size.
+
+    A file of ``weights`` is part of the output. An ``intermediate`` one lies in the plan's
+    workspace, is read by later shards, and goes when the output is published; its tensors are named
+    after the output tensors that they are for.
+    """
 
     index: int
     file_name: str
     size: int
     problems: tuple[Problem, ...]
+    kind: Kind = "weights"
+
+    @property
+    def is_output(self) -> bool:
+        """The file is part of the merged checkpoint."""
+        return self.kind == "weights"
 
     @property
     def bytes_read(self) -> int:
@@ -143,7 +163,11 @@ class Companion(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """Sums over the plan."""
+    """Sums over the plan: bytes and operations of all shards, tensors of the output.
+
+    ``bytes_intermediate`` are those of ``bytes_written`` that go to the workspace; what is read of
+    them is in ``bytes_read``.
+    """
 
     tensors: int
     bytes_read: int
@@ -151,6 +175,7 @@ class Totals(msgspec.Struct, frozen=True):
     flops: float
     max_host_bytes: int
     max_device_bytes: int
+    bytes_intermediate: int = 0
 
 
 class ShardWork(msgspec.Struct, frozen=True):
@@ -170,6 +195,11 @@ class ShardWork(msgspec.Struct, frozen=True):
     memory_budget: int
     check_finite: bool
 
+    @property
+    def file_uri(self) -> str:
+        """Where the shard's file goes."""
+        return file_uri(self.output_uri, self.plan_digest, self.shard)
+
 
 class Plan(msgspec.Struct, frozen=True):
     """A whole merge.
@@ -188,7 +218,7 @@ class Plan(msgspec.Struct, frozen=True):
         inputs: Base and experts.
         files: Weight files that are read.
         settings: Methods with parameters.
-        shards: In the order of the output files.
+        shards: In an order in which they can be worked on; the output files in their own order.
         config: The output's ``config.json``.
         companions: Files to be copied.
         warnings: What the user should know before running it.
@@ -230,8 +260,21 @@ class Plan(msgspec.Struct, frozen=True):
         """``sha256:…`` of the canonical JSON."""
         return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
 
-    def work(self, shard_index: int, plan_digest: str) -> ShardWork:
-        """The message for one shard. ``plan_digest`` is :attr:`digest`, computed once."""
+    @property
+    def outputs(self) -> tuple[Shard, ...]:
+        """The shards whose files are the merged checkpoint."""
+        return tuple(shard for shard in self.shards if shard.is_output)
+
+    def work(
+        self, shard_index: int, plan_digest: str, versions: Mapping[int, str] | None = None
+    ) -> ShardWork:
+        """The message for one shard.
+
+        Args:
+            shard_index: Which.
+            plan_digest: :attr:`digest`, computed once.
+            versions: Of the files of the shards that it needs (:mod:`merging.plan.stages`).
+        """
         shard = self.shards[shard_index]
         file_map: dict[int, int] = {}
         setting_map: dict[int, int] = {}
@@ -254,10 +297,31 @@ class Plan(msgspec.Struct, frozen=True):
             plan_digest=plan_digest,
             output_uri=self.output_uri,
             shard=msgspec.structs.replace(shard, problems=problems),
-            files=tuple(self.files[old] for old in file_map),
+            files=tuple(self._pin(self.files[old], plan_digest, versions) for old in file_map),
             settings=tuple(self.settings[old] for old in setting_map),
             seed=self.seed,
             threads=self.threads,
             memory_budget=self.memory_budget,
             check_finite=self.check_finite,
         )
+
+    def _pin(
+        self, file: SourceFile, plan_digest: str, versions: Mapping[int, str] | None
+    ) -> SourceFile:
+        """The file as it can be read."""
+        if file.shard is None:
+            return file
+        assert versions is not None, "a shard is worked on after those that it needs"
+        uri = file_uri(self.output_uri, plan_digest, self.shards[file.shard])
+        return SourceFile(uri, file.size, versions[file.shard], file.shard)
+
+
+def workspace_uri(output_uri: str, plan_digest: str) -> str:
+    """Folder for receipts and intermediate files of one plan under its output."""
+    return f"{output_uri}/{WORKSPACE}/{plan_digest.removeprefix('sha256:')[:16]}"
+
+
+def file_uri(output_uri: str, plan_digest: str, shard: Shard) -> str:
+    """Address of a shard's file."""
+    folder = output_uri if shard.is_output else workspace_uri(output_uri, plan_digest)
+    return f"{folder}/{shard.file_name}"

@@ -96,7 +96,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         config=output_config(inputs.donor.config, problems),
         companions=_companions(inputs.donor),
         warnings=tuple(warnings),
-        totals=_totals(problems, shards),
+        totals=_totals(shards),
         device_memory_budget=options.device_memory_budget,
     )
 
@@ -171,12 +171,14 @@ def _companions(donor: CheckpointIndex) -> tuple[Companion, ...]:
     )
 
 
-def _totals(problems: Sequence[Problem], shards: Sequence[Shard]) -> Totals:
+def _totals(shards: Sequence[Shard]) -> Totals:
+    problems = [problem for shard in shards for problem in shard.problems]
     return Totals(
-        tensors=len(problems),
+        tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
         bytes_read=sum(problem.bytes_read for problem in problems),
         bytes_written=sum(shard.size for shard in shards),
         flops=sum(problem.flops for problem in problems),
         max_host_bytes=max(problem.host_bytes for problem in problems),
         max_device_bytes=max(problem.device_bytes for problem in problems),
+        bytes_intermediate=sum(shard.size for shard in shards if not shard.is_output),
     )

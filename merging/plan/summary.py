@@ -19,7 +19,9 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         estimate: How long it should take; null in the summary if that is not known.
     """
     methods = Counter(
-        plan.settings[problem.setting].method for shard in plan.shards for problem in shard.problems
+        plan.settings[problem.setting].method
+        for shard in plan.outputs
+        for problem in shard.problems
     )
     return {
         "object": "plan_summary",
@@ -33,6 +35,7 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         "tensors_by_method": dict(sorted(methods.items())),
         "bytes_read": plan.totals.bytes_read,
         "bytes_written": plan.totals.bytes_written,
+        "bytes_intermediate": plan.totals.bytes_intermediate,
         "flops": plan.totals.flops,
         "max_host_bytes": plan.totals.max_host_bytes,
         "max_device_bytes": plan.totals.max_device_bytes,
@@ -42,6 +45,7 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         "files": [
             {
                 "name": shard.file_name,
+                "kind": shard.kind,
                 "size": shard.size,
                 "tensors": len(shard.problems),
                 "bytes_read": shard.bytes_read,

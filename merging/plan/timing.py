@@ -2,7 +2,8 @@
 
 A shard passes three stages that overlap: bytes are read, problems solved, results hashed and
 written. The slowest one sets the shard's time. Shards are handed out in order, each to the worker
-that is free first. Not counted: workers that disturb one another, and the time to start them.
+that is free first, and begin when the shards that they need are done. Not counted: workers that
+disturb one another, and the time to start them.
 
 Rates differ from machine to machine, so none of this is part of a plan or its digest.
 """
@@ -17,6 +18,7 @@ import msgspec
 from merging.method import Geometry, get_method
 from merging.plan.cost import takes_matrices
 from merging.plan.plan import COPY, Plan, Problem, Shard
+from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
 
 _SOURCE_SECONDS = 1e-4
@@ -69,8 +71,11 @@ def estimate_seconds(plan: Plan, rates: Rates, slots: int) -> PlanEstimate | Non
     if len(known) < len(stages):
         return None
     free = [0.0] * max(1, slots)
-    for found in known:
-        heapq.heapreplace(free, free[0] + found.total)
+    ends: list[float] = []
+    for found, needed in zip(known, shards_needed(plan), strict=True):
+        begin = max(free[0], *(ends[index] for index in needed), 0.0)
+        ends.append(begin + found.total)
+        heapq.heapreplace(free, ends[-1])
     return PlanEstimate(
         total_seconds=max(free),
         slots=max(1, slots),

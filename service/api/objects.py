@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from merging.plan.plan import Kind
 from service.jobs.records import CancelMode, EventType
 from service.jobs.states import JobState, ShardState
 
@@ -112,11 +113,12 @@ class JobCounts(BaseModel):
 
 
 class ShardObject(BaseModel):
-    """One output file of a job, and how far it is."""
+    """One file of a job, and how far it is: ``weights`` of the output, or ``intermediate``."""
 
     object: Literal["shard"] = "shard"
     index: int
     file_name: str
+    kind: Kind
     state: ShardState
     attempt: int
     tensors_total: int

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from merging.plan.plan import Kind
 from service.jobs.states import TERMINAL, JobState, ShardState
 
 CancelMode = Literal["orderly", "now"]
@@ -160,12 +161,13 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A shard of a job.
 
     Attributes:
-        index: In the order of the output files.
+        index: In the order of the plan.
+        kind: ``weights`` of the output, or an ``intermediate`` file that goes when it is published.
         attempt: Tries at this shard so far.
         tensors_total: Problems in it.
         tensors_fetched: Of the current or last try; likewise solved and written.
         bytes_read_total: Bytes to be read for it.
-        bytes_total: Size of the output file.
+        bytes_total: Size of the file.
         receipt: :class:`merging.receipts.Receipt` without the figures per tensor, which are in the
             merge report.
         error: Why the last try failed (``MergeError.to_dict``).
@@ -173,6 +175,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     file_name: str
+    kind: Kind
     state: ShardState
     attempt: int
     tensors_total: int

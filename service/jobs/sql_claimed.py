@@ -198,6 +198,8 @@ class ClaimedStatements(SqlBase):
             if state == ShardState.SUCCEEDED:
                 values |= {"finished_at": now, "error": None}
                 values |= dict.fromkeys(_COUNTS, row.tensors_total)
+            if state == ShardState.PENDING:
+                values |= {"receipt": None}
             if state == ShardState.FAILED:
                 values |= {"finished_at": now}
             data = {"shard_index": index, "state": str(state), "attempt": attempt, **facts}
@@ -287,6 +289,7 @@ def _shard_row(job_id: str, shard: Shard) -> dict[str, Any]:
         "job_id": job_id,
         "index": shard.index,
         "file_name": shard.file_name,
+        "kind": shard.kind,
         "state": str(ShardState.PENDING),
         "attempt": 0,
         "tensors_total": len(shard.problems),

@@ -142,6 +142,7 @@ shards = sa.Table(
     _job_id(),
     sa.Column("index", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("file_name", sa.Text, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False, server_default="weights"),
     sa.Column("state", sa.String(16), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("tensors_total", sa.Integer, nullable=False),

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from merging.errors import MergeError, error_from_dict
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, file_uri
 from merging.receipts import Receipt
 from service.jobs.states import ShardState
 from service.runner.board import ShardBoard
@@ -24,6 +24,8 @@ from workers.messages import (
     ShardStarted,
     ShardTask,
 )
+
+_FILE_IS_GONE = ("not_found", "source_changed")
 
 
 class ShardDesk:
@@ -53,6 +55,11 @@ class ShardDesk:
         self.board = ShardBoard(plan, receipts, attempts)
         self._plan = plan
         self._plan_digest = plan.digest
+        self._makers = {
+            file_uri(plan.output_uri, self._plan_digest, shard): shard.index
+            for shard in plan.shards
+            if not shard.is_output
+        }
         self._lease = lease
         self._context = context
         self.has_started = False
@@ -74,10 +81,11 @@ class ShardDesk:
         """The next ready shard, as a task for the pool."""
         index = self.board.next_ready(self._context.monotonic())
         assert index is not None
+        attempt = self.board.hand_out(index)
         return ShardTask(
             job_id=self._lease.claim.job_id,
-            attempt=self.board.hand_out(index),
-            work=self._plan.work(index, self._plan_digest),
+            attempt=attempt,
+            work=self._plan.work(index, self._plan_digest, self.board.versions(index)),
             storage_roots=self._context.settings.storage_roots,
             device=self._context.settings.device,
         )
@@ -144,12 +152,17 @@ class ShardDesk:
         index = event.shard_index
         error = error_from_dict(event.error)
         error.context.setdefault("shard_index", index)
+        missing = self._missing_file(error)
         # Cancelled though the job is not: a worker was told to stop by somebody else.
-        may_help = error.retryable or error.code == "cancelled"
+        may_help = error.retryable or error.code == "cancelled" or missing is not None
         failures = self.board.failures(index)
         is_last = not may_help or failures + 1 >= self._context.settings.max_tries
         state = ShardState.FAILED if is_last else ShardState.PENDING
         self._record(index, state, event.attempt, error=error.to_dict())
+        if missing is not None and self.board.is_current_file(missing, reader=index):
+            attempts = self.board.attempts(missing)
+            self._record(missing, ShardState.PENDING, attempts, error=error.to_dict())
+            self.board.lose(missing)
         self.board.fail(index, None if is_last else self._context.retry_at(failures))
         structlog.get_logger(__name__).warning(
             "shard_failed",
@@ -160,6 +173,12 @@ class ShardDesk:
             will_retry=not is_last,
         )
         return error if is_last else None
+
+    def _missing_file(self, error: MergeError) -> int | None:
+        """The shard whose intermediate file is not as it was made, if that is the failure."""
+        if error.code not in _FILE_IS_GONE:
+            return None
+        return self._makers.get(str(error.context.get("uri")))
 
     def _record(self, index: int, state: ShardState, attempt: int, **facts: Any) -> None:
         self._context.store.record_shard(self._lease.claim, index, state, attempt=attempt, **facts)

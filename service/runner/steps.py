@@ -7,10 +7,10 @@ from typing import Any
 
 from merging.errors import StorageError
 from merging.options import MergeOptions
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, workspace_uri
 from merging.plan.planner import make_plan
 from merging.publish import INDEX_NAME, prepare_output, publish, read_report
-from merging.receipts import Receipt, read_receipt, receipt_uri, workspace_uri
+from merging.receipts import Receipt, read_receipt, receipt_uri
 from merging.recipe import parse_recipe
 from merging.storage.base import Storage
 from service.jobs.records import JobRecord
@@ -56,7 +56,7 @@ def find_receipts(plan: Plan, storage: Storage) -> dict[int, Receipt]:
     digest = plan.digest
     present = {item.uri for item in storage.list(workspace_uri(plan.output_uri, digest))}
     found = {
-        shard.index: read_receipt(storage, plan.output_uri, digest, shard.file_name)
+        shard.index: read_receipt(storage, plan.output_uri, digest, shard)
         for shard in plan.shards
         if receipt_uri(plan.output_uri, digest, shard.file_name) in present
     }
@@ -77,4 +77,4 @@ def find_report(plan: Plan, storage: Storage) -> dict[str, Any] | None:
 
 def publish_output(plan: Plan, receipts: dict[int, Receipt], storage: Storage) -> dict[str, Any]:
     """Complete and verify the output; returns the merge report."""
-    return publish(plan, [receipts[shard.index] for shard in plan.shards], storage)
+    return publish(plan, list(receipts.values()), storage)

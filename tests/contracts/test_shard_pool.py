@@ -285,7 +285,7 @@ def test_the_engine_itself_produces_a_shard(real_pool: ShardPool, tmp_path: Path
     assert isinstance(done, ShardDone), done
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(merged["layer.weight"], weights)
-    stored = read_receipt(open_storage(), work.output_uri, work.plan_digest, "model.safetensors")
+    stored = read_receipt(open_storage(), work.output_uri, work.plan_digest, work.shard)
     assert done.receipt == stored
 
 

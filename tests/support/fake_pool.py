@@ -154,7 +154,7 @@ class FakePool:
                     self._storage.read_into(file.uri, source.start, buffer, version=file.version)
         header = shard_header(work.shard.problems)
         data = header + bytes(work.shard.size - len(header))
-        stat = self._storage.write_bytes(f"{work.output_uri}/{work.shard.file_name}", data)
+        stat = self._storage.write_bytes(work.file_uri, data)
         receipt = Receipt(
             plan_digest=work.plan_digest,
             shard_index=work.shard.index,

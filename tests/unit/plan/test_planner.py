@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from merging import receipts
 from merging.checkpoint.header import parse_header
 from merging.errors import CheckpointError, MergeError, PlanError, RecipeError, StorageError
 from merging.options import MergeOptions
 from merging.plan.packing import shard_header
-from merging.plan.plan import Plan, Problem, Setting
+from merging.plan.plan import WORKSPACE, Plan, Problem, Setting
 from merging.plan.planner import make_plan
 from merging.plan.summary import plan_summary
 from merging.recipe import parse_recipe
@@ -563,7 +562,7 @@ def test_output_that_holds_a_checkpoint_is_refused_unless_it_may_be_replaced(
 
 def test_shards_of_an_unfinished_merge_do_not_bar_its_output(storage: MemoryStorage) -> None:
     storage.write_bytes(f"{OUTPUT}/model-00001-of-00002.safetensors", b"x")
-    storage.write_bytes(f"{OUTPUT}/{receipts.WORKSPACE}/in-progress", b"sha256:0")
+    storage.write_bytes(f"{OUTPUT}/{WORKSPACE}/in-progress", b"sha256:0")
     assert plan(storage, TASK_ARITHMETIC).output_uri == OUTPUT
     storage.write_bytes(f"{OUTPUT}/model.safetensors.index.json", b"{}")
     assert refusal(storage, TASK_ARITHMETIC).code == "output_exists"
