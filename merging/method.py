@@ -25,6 +25,8 @@ from merging.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerMethod
+
 Separability = Literal["elementwise", "rows", "whole"]
 """How a method's tensor may be cut: anywhere with the same bits (``elementwise``); by output rows
 once the in×in matrices over all rows are known (``rows``); not at all (``whole``)."""
@@ -267,6 +269,8 @@ class MergeMethod:
         default_rest: What other float tensors become: ``base`` values or the experts' ``mean``.
         symmetric: Permuting experts (with their parameters) changes nothing.
         recommended: Marked as the one to start with.
+        layer: How it solves layers, if that is what it does: variants of one merge then share what
+            they can.
     """
 
     name: str
@@ -286,6 +290,7 @@ class MergeMethod:
     default_rest: Literal["base", "mean"] = "base"
     symmetric: bool = True
     recommended: bool = False
+    layer: LayerMethod | None = None
 
     def describe(self) -> dict[str, Any]:
         """The method as a JSON object, with JSON Schema of its parameters."""

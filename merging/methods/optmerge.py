@@ -31,22 +31,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Precision,
-    PresetParameters,
-    Presets,
-    Task,
-    register,
-)
-from merging.ops.forms import EIGH_FLOPS
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, Precision, PresetParameters, Presets, register
+from merging.ops.forms import EIGH_FLOPS, Flops, Form, LayerShape
+from merging.ops.layer_method import LayerMethod, ProblemKind, Reading
 
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.gram_form import GramProblem
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 _MOMENTUM = 0.9
@@ -89,31 +82,52 @@ class OptMergeParameters(PresetParameters):
     precision: Precision = "highest"
 
 
-def merge_optmerge(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses (of its own terms) and norms as figures."""
-    from merging.ops.layers import naming, solve_layer
-    from merging.ops.low_rank_terms import read_low_rank_terms
-    from merging.ops.precision import float32_products
+def _low_rank_terms(*, center: bool) -> ProblemKind:
+    """OptMerge's problem, with the mean in the targets or without."""
 
-    assert base is not None
-    parameters: OptMergeParameters = task.parameters
-    is_full = parameters.variant == "full"
-    with float32_products(base.device), naming(task):
-        problem = read_low_rank_terms(
-            base, list(experts), transposed=task.transposed, center=is_full
+    def read(base: torch.Tensor, experts: Iterator[torch.Tensor], reading: Reading) -> LayerProblem:
+        from merging.ops.low_rank_terms import read_low_rank_terms
+
+        return read_low_rank_terms(
+            base, list(experts), transposed=reading.transposed, center=center
         )
 
-    def solve(_: LayerProblem) -> torch.Tensor:
-        return _adam(problem, task) if is_full else _descent(problem, task)
+    def flops(shape: LayerShape) -> Flops:
+        """Decompositions of each task vector, and the sums."""
+        rows, columns, num_experts = shape
+        side = min(rows, columns)
+        product = 2.0 * rows * columns
+        decomposition = product * 2 * side + 2.0 * EIGH_FLOPS * side**3
+        return {"gram": num_experts * (1 + center) * decomposition + product * (3 * side + columns)}
 
-    geometry = Geometry(tuple(base.shape), len(task.expert_parameters), transposed=task.transposed)
-    flops = optmerge_cost(geometry, parameters).flops
-    return solve_layer(base, problem, task, flops=flops, solve=solve)
+    return ProblemKind(
+        name=f"optmerge, {'centred' if center else 'as they are'}",
+        read=read,
+        flops=flops,
+        entries=_reading_entries,
+    )
 
 
-def _adam(problem: GramProblem, task: Task) -> torch.Tensor:
+def _reading_entries(shape: LayerShape, _: Form) -> int:
+    """T, its target and the mean; the sums; a decomposition in float64."""
+    side = min(shape.rows, shape.columns)
+    return _sums(shape) + 12 * side * side + 5 * shape.rows * shape.columns
+
+
+def _sums(shape: LayerShape) -> int:
+    """Numbers of A, B and the sum of the task vectors."""
+    return shape.columns**2 + 2 * shape.rows * shape.columns
+
+
+_PROBLEMS = {"full": _low_rank_terms(center=True), "lora": _low_rank_terms(center=False)}
+
+
+def solve_optmerge(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """Adam, or gradient descent. Reports the learning rate as a figure."""
+    return _adam(problem, task) if task.parameters.variant == "full" else _descent(problem, task)
+
+
+def _adam(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
     from merging.ops.adam import adam_on_problem, adam_rates
 
     learning_rate, epsilon = adam_rates(problem, task.parameters.learning_rate)
@@ -130,7 +144,7 @@ def _adam(problem: GramProblem, task: Task) -> torch.Tensor:
     return problem.total
 
 
-def _descent(problem: GramProblem, task: Task) -> torch.Tensor:
+def _descent(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
     from merging.ops import chebyshev
 
     rate = task.parameters.learning_rate
@@ -148,28 +162,28 @@ def _descent(problem: GramProblem, task: Task) -> torch.Tensor:
     )
 
 
-def optmerge_cost(geometry: Geometry, parameters: OptMergeParameters) -> Cost:
-    """Decompositions of each task vector, then one product per step.
+def _flops(shape: LayerShape, parameters: OptMergeParameters) -> Flops:
+    """What reading takes, then one product per step; losses before and after."""
+    steps = parameters.steps if parameters.variant == "full" else _DESCENT_PRODUCTS
+    product = 2.0 * shape.rows * shape.columns
+    preparing = _PROBLEMS[parameters.variant].flops(shape)["gram"]
+    return {"gram": preparing + product * shape.columns * (steps + 2)}
 
-    Held at once: T, its target and the mean; the sums; a decomposition in float64, or what a step
-    writes.
-    """
-    rows, columns = geometry.matrix
-    side = min(rows, columns)
-    is_full = parameters.variant == "full"
-    product = 2.0 * rows * columns
-    decomposition = product * 2 * side + 2.0 * EIGH_FLOPS * side**3
-    steps = parameters.steps if is_full else _DESCENT_PRODUCTS
-    flops = geometry.num_experts * (1 + is_full) * decomposition + product * (
-        3 * side + columns + columns * (steps + 2)
-    )
-    reading = 12 * side * side + 5 * rows * columns
-    solving = 2 * columns * columns + 5 * rows * columns
+
+def _entries(shape: LayerShape, _: Form, __: int, parameters: OptMergeParameters) -> int:
+    """The sums, and what a step writes."""
+    entries = _sums(shape) + 2 * shape.columns**2 + 5 * shape.rows * shape.columns
     if parameters.precision == "high":
-        solving += 2 * columns * columns + 3 * rows * columns
-    entries = columns * columns + 2 * rows * columns + max(reading, solving)
-    return Cost(flops, 4 * entries)
+        entries += 2 * shape.columns**2 + 3 * shape.rows * shape.columns
+    return entries
 
+
+LAYER = LayerMethod(
+    solve=solve_optmerge,
+    flops=_flops,
+    entries=_entries,
+    problem=lambda parameters: _PROBLEMS[parameters.variant],
+)
 
 register(
     MergeMethod(
@@ -180,8 +194,9 @@ register(
             " adapters; published with a small final scale."
         ),
         source="Wei et al., ICLR 2026, arXiv:2505.19892",
-        merge=merge_optmerge,
-        cost=optmerge_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=OptMergeParameters,
         separable="whole",
         default_touch="linear",

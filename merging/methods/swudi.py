@@ -21,23 +21,19 @@ Cost: up to 4 E O I² + 12 I³ + 6 O I² flops for E experts of O×I; fewer wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.method import Cost, Geometry, MergeMethod, PresetParameters, Presets, Task, register
-from merging.ops.forms import (
-    LayerShape,
-    cheapest,
-    filter_entries,
-    filter_flops,
-    reading_entries,
-)
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, PresetParameters, Presets, register
+from merging.ops.forms import Flops, Form, LayerShape, filter_entries, filter_flops
+from merging.ops.layer_method import LayerMethod
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 
@@ -89,38 +85,30 @@ class SwudiParameters(PresetParameters):
     )
 
 
-def merge_swudi(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses, norms and the rank of the filter as figures."""
-    from merging.ops.layers import merge_layer
+def solve_swudi(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """The filtered solution. Reports the rank of the filter as a figure."""
     from merging.ops.spectral import apply_filter, decompose, exponential_gains, keep_largest
 
-    assert base is not None
     parameters: SwudiParameters = task.parameters
-
-    def solve(problem: LayerProblem) -> torch.Tensor:
-        spectrum = decompose(problem)
-        rank = math.ceil(parameters.r * problem.num_columns)
-        gains = keep_largest(exponential_gains(spectrum, parameters.t), rank)
-        task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
-        return apply_filter(
-            problem, spectrum, gains, from_zero=parameters.init == "zero", row_block=task.row_block
-        )
-
-    return merge_layer(base, experts, task, flops=filter_flops, solve=solve)
-
-
-def swudi_cost(geometry: Geometry, parameters: SwudiParameters) -> Cost:  # noqa: ARG001 - declared
-    """Sums over experts, an eigendecomposition and three products."""
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
-    flops = filter_flops(shape)
-    form = cheapest(flops)
-    return Cost(
-        flops[form],
-        4 * max(reading_entries(shape, form), filter_entries(shape, form, geometry.row_block)),
+    spectrum = problem.once(decompose)
+    rank = math.ceil(parameters.r * problem.num_columns)
+    gains = keep_largest(exponential_gains(spectrum, parameters.t), rank)
+    task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
+    return apply_filter(
+        problem, spectrum, gains, from_zero=parameters.init == "zero", row_block=task.row_block
     )
 
+
+def _flops(shape: LayerShape, _: SwudiParameters) -> Flops:
+    """Sums over experts, an eigendecomposition and three products."""
+    return filter_flops(shape)
+
+
+def _entries(shape: LayerShape, form: Form, row_block: int, _: SwudiParameters) -> int:
+    return filter_entries(shape, form, row_block)
+
+
+LAYER = LayerMethod(solve=solve_swudi, flops=_flops, entries=_entries, decomposes=lambda *_: True)
 
 register(
     MergeMethod(
@@ -131,8 +119,9 @@ register(
             " parameters, published for a few models; swudi_a needs none."
         ),
         source="Wei et al., 2026, arXiv:2606.07289",
-        merge=merge_swudi,
-        cost=swudi_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=SwudiParameters,
         separable="rows",
         streaming=True,

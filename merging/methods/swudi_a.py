@@ -21,21 +21,17 @@ Cost: up to 4 E O I² + 12 I³ + 6 O I² flops for E experts of O×I; fewer wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from merging.method import Cost, Geometry, MergeMethod, Task, UpdateParameters, register
-from merging.ops.forms import (
-    LayerShape,
-    cheapest,
-    filter_entries,
-    filter_flops,
-    reading_entries,
-)
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, UpdateParameters, register
+from merging.ops.forms import Flops, Form, LayerShape, filter_entries, filter_flops
+from merging.ops.layer_method import LayerMethod
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 
@@ -43,34 +39,26 @@ class SwudiAParameters(UpdateParameters):
     """Recipe-level parameters."""
 
 
-def merge_swudi_a(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses, norms and the effective rank as figures."""
-    from merging.ops.layers import merge_layer
+def solve_swudi_a(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """The filtered solution. Reports the effective rank as a figure."""
     from merging.ops.spectral import apply_filter, decompose, hard_gains
 
-    assert base is not None
-
-    def solve(problem: LayerProblem) -> torch.Tensor:
-        spectrum = decompose(problem)
-        rank = math.ceil(spectrum.effective_rank)
-        task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
-        return apply_filter(problem, spectrum, hard_gains(spectrum, rank), row_block=task.row_block)
-
-    return merge_layer(base, experts, task, flops=filter_flops, solve=solve)
+    spectrum = problem.once(decompose)
+    rank = math.ceil(spectrum.effective_rank)
+    task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
+    return apply_filter(problem, spectrum, hard_gains(spectrum, rank), row_block=task.row_block)
 
 
-def swudi_a_cost(geometry: Geometry, parameters: SwudiAParameters) -> Cost:  # noqa: ARG001 - declared
+def _flops(shape: LayerShape, _: SwudiAParameters) -> Flops:
     """Sums over experts, an eigendecomposition and three products."""
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
-    flops = filter_flops(shape)
-    form = cheapest(flops)
-    return Cost(
-        flops[form],
-        4 * max(reading_entries(shape, form), filter_entries(shape, form, geometry.row_block)),
-    )
+    return filter_flops(shape)
 
+
+def _entries(shape: LayerShape, form: Form, row_block: int, _: SwudiAParameters) -> int:
+    return filter_entries(shape, form, row_block)
+
+
+LAYER = LayerMethod(solve=solve_swudi_a, flops=_flops, entries=_entries, decomposes=lambda *_: True)
 
 register(
     MergeMethod(
@@ -82,8 +70,9 @@ register(
             " cheaper."
         ),
         source="Wei et al., 2026, arXiv:2606.07289",
-        merge=merge_swudi_a,
-        cost=swudi_a_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=SwudiAParameters,
         separable="rows",
         streaming=True,

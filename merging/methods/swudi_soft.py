@@ -20,34 +20,28 @@ O×I; fewer where E O < I.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Precision,
-    Task,
-    UpdateParameters,
-    register,
-)
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, Precision, UpdateParameters, register
 from merging.ops.forms import (
     Flops,
+    Form,
     LayerShape,
-    cheapest,
     direct_entries,
     direct_flops,
     eigh_flops,
     exponential_degree,
-    reading_entries,
+    problem_size,
 )
+from merging.ops.layer_method import LayerMethod
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 _MAX_DEGREE = 80
@@ -74,37 +68,25 @@ class SwudiSoftParameters(UpdateParameters):
     precision: Precision = "highest"
 
 
-def merge_swudi_soft(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses, norms and which way was taken as figures."""
-    from merging.ops.layers import merge_layer
+def solve_swudi_soft(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """The filtered solution. Reports which way was taken as figures."""
+    from merging.ops import chebyshev, spectral
 
-    assert base is not None
     parameters: SwudiSoftParameters = task.parameters
-
-    def solve(problem: LayerProblem) -> torch.Tensor:
-        from merging.ops import chebyshev, spectral
-
-        end = chebyshev.interval_end(problem.A)
-        slowness = 1 if problem.A.device.type == "cpu" else _DEVICE_EIGH
-        rows, size = problem.B.shape
-        if _prefers_products(rows, size, exponential_degree(parameters.t, end), slowness):
-            g = chebyshev.exponential(parameters.t)
-            terms = chebyshev.expand_function(g, end, problem.A.dtype)
-            task.figures.update(solver="chebyshev", degree=len(terms) - 1)
-            return chebyshev.polynomial_solution(
-                problem, terms, end, row_block=task.row_block, precision=parameters.precision
-            )
-        spectrum = spectral.decompose(problem)
-        task.figures.update(solver="eigh", effective_rank=spectrum.effective_rank)
-        gains = spectral.exponential_gains(spectrum, parameters.t)
-        return spectral.apply_filter(problem, spectrum, gains, row_block=task.row_block)
-
-    def flops(shape: LayerShape) -> Flops:
-        return _flops(shape, parameters.t)
-
-    return merge_layer(base, experts, task, flops=flops, solve=solve)
+    end = chebyshev.interval_end(problem.A)
+    slowness = 1 if problem.A.device.type == "cpu" else _DEVICE_EIGH
+    rows, size = problem.B.shape
+    if _prefers_products(rows, size, exponential_degree(parameters.t, end), slowness):
+        g = chebyshev.exponential(parameters.t)
+        terms = chebyshev.expand_function(g, end, problem.A.dtype)
+        task.figures.update(solver="chebyshev", degree=len(terms) - 1)
+        return chebyshev.polynomial_solution(
+            problem, terms, end, row_block=task.row_block, precision=parameters.precision
+        )
+    spectrum = problem.once(spectral.decompose)
+    task.figures.update(solver="eigh", effective_rank=spectrum.effective_rank)
+    gains = spectral.exponential_gains(spectrum, parameters.t)
+    return spectral.apply_filter(problem, spectrum, gains, row_block=task.row_block)
 
 
 def _prefers_products(rows: int, size: int, degree: int, slowness: float = 1) -> bool:
@@ -113,9 +95,12 @@ def _prefers_products(rows: int, size: int, degree: int, slowness: float = 1) ->
     return degree <= _MAX_DEGREE and by_products < slowness * eigh_flops(rows, size)
 
 
-def _flops(shape: LayerShape, t: float) -> Flops:
-    """By form, for eigenvalues up to 1; what they are is seen when the experts are read."""
-    degree = exponential_degree(t)
+def _flops(shape: LayerShape, parameters: SwudiSoftParameters) -> Flops:
+    """Sums over experts, then a decomposition or a polynomial.
+
+    For eigenvalues up to 1; what they are is seen when the experts are read.
+    """
+    degree = exponential_degree(parameters.t)
 
     def solve(size: int) -> float:
         if _prefers_products(shape.rows, size, degree):
@@ -125,15 +110,18 @@ def _flops(shape: LayerShape, t: float) -> Flops:
     return direct_flops(shape, solve)
 
 
-def swudi_soft_cost(geometry: Geometry, parameters: SwudiSoftParameters) -> Cost:
-    """Sums over experts, then a decomposition or a polynomial; memory for either."""
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
-    flops = _flops(shape, parameters.t)
-    form = cheapest(flops)
-    updates = 7 if parameters.precision == "high" else 4
-    solving = direct_entries(shape, form, geometry.row_block, matrices=3, updates=updates)
-    return Cost(flops[form], 4 * max(reading_entries(shape, form), solving))
+def _decomposes(shape: LayerShape, form: Form, parameters: SwudiSoftParameters) -> bool:
+    size = problem_size(shape, form)
+    return not _prefers_products(shape.rows, size, exponential_degree(parameters.t))
 
+
+def _entries(shape: LayerShape, form: Form, row_block: int, parameters: SwudiSoftParameters) -> int:
+    """Memory for either way."""
+    updates = 7 if parameters.precision == "high" else 4
+    return direct_entries(shape, form, row_block, matrices=3, updates=updates)
+
+
+LAYER = LayerMethod(solve=solve_swudi_soft, flops=_flops, entries=_entries, decomposes=_decomposes)
 
 register(
     MergeMethod(
@@ -144,8 +132,9 @@ register(
             " moves from the sum of the task vectors towards the least interference."
         ),
         source="Wei et al., 2026, arXiv:2606.07289",
-        merge=merge_swudi_soft,
-        cost=swudi_soft_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=SwudiSoftParameters,
         separable="rows",
         streaming=True,

@@ -20,33 +20,19 @@ that is less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Precision,
-    PresetParameters,
-    Presets,
-    Task,
-    register,
-)
-from merging.ops.forms import (
-    Flops,
-    LayerShape,
-    adam_entries,
-    adam_flops,
-    cheapest,
-    reading_entries,
-)
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, Precision, PresetParameters, Presets, register
+from merging.ops.forms import Flops, Form, LayerShape, adam_entries, adam_flops
+from merging.ops.layer_method import LayerMethod
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 
@@ -82,46 +68,36 @@ class WudiParameters(PresetParameters):
     precision: Precision = "highest"
 
 
-def merge_wudi(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses, norms and the learning rate as figures."""
+def solve_wudi(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """Adam from the sum of the task vectors. Reports the learning rate as figures."""
     from merging.ops.adam import adam_on_problem, adam_rates
-    from merging.ops.layers import merge_layer
 
-    assert base is not None
     parameters: WudiParameters = task.parameters
-
-    def solve(problem: LayerProblem) -> torch.Tensor:
-        learning_rate, epsilon = adam_rates(problem, parameters.learning_rate)
-        adam_on_problem(
-            problem.total,
-            problem,
-            steps=parameters.steps,
-            learning_rate=learning_rate,
-            epsilon=epsilon,
-            row_block=task.row_block,
-            precision=parameters.precision,
-        )
-        task.figures["learning_rate"] = learning_rate
-        task.figures["learning_rate_over_rms"] = learning_rate / problem.rms
-        return problem.total
-
-    def flops(shape: LayerShape) -> Flops:
-        return adam_flops(shape, parameters.steps)
-
-    return merge_layer(base, experts, task, flops=flops, solve=solve)
+    learning_rate, epsilon = adam_rates(problem, parameters.learning_rate)
+    adam_on_problem(
+        problem.total,
+        problem,
+        steps=parameters.steps,
+        learning_rate=learning_rate,
+        epsilon=epsilon,
+        row_block=task.row_block,
+        precision=parameters.precision,
+    )
+    task.figures["learning_rate"] = learning_rate
+    task.figures["learning_rate_over_rms"] = learning_rate / problem.rms
+    return problem.total
 
 
-def wudi_cost(geometry: Geometry, parameters: WudiParameters) -> Cost:
+def _flops(shape: LayerShape, parameters: WudiParameters) -> Flops:
     """Sums over experts or all their rows, then one or two products per step."""
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
-    flops = adam_flops(shape, parameters.steps)
-    form = cheapest(flops)
-    is_split = parameters.precision == "high"
-    solving = adam_entries(shape, form, geometry.row_block, is_split=is_split)
-    return Cost(flops[form], 4 * max(reading_entries(shape, form), solving))
+    return adam_flops(shape, parameters.steps)
 
+
+def _entries(shape: LayerShape, form: Form, row_block: int, parameters: WudiParameters) -> int:
+    return adam_entries(shape, form, row_block, is_split=parameters.precision == "high")
+
+
+LAYER = LayerMethod(solve=solve_wudi, flops=_flops, entries=_entries)
 
 register(
     MergeMethod(
@@ -133,8 +109,9 @@ register(
             " are of similar size."
         ),
         source="Cheng et al., ICML 2025, arXiv:2503.08099, eq. 21 and algorithm 1",
-        merge=merge_wudi,
-        cost=wudi_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=WudiParameters,
         separable="rows",
         streaming=True,

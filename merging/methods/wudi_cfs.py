@@ -17,25 +17,19 @@ Cost: up to 4 E O I² + I³/3 + 2 O I² flops for E experts of O×I; fewer where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.method import Cost, Geometry, MergeMethod, PresetParameters, Presets, Task, register
-from merging.ops.forms import (
-    Flops,
-    LayerShape,
-    cheapest,
-    direct_entries,
-    direct_flops,
-    reading_entries,
-    ridge_flops,
-)
+from merging.layered import cost_by, merge_by
+from merging.method import MergeMethod, PresetParameters, Presets, register
+from merging.ops.forms import Flops, Form, LayerShape, direct_entries, direct_flops, ridge_flops
+from merging.ops.layer_method import LayerMethod
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.layer_method import LayerTask
     from merging.ops.problem import LayerProblem
 
 
@@ -69,52 +63,34 @@ class WudiCfsParameters(PresetParameters):
     )
 
 
-def merge_wudi_cfs(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one weight matrix. Reports losses and norms as figures.
+def solve_wudi_cfs(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """The closed form.
 
     Raises:
-        NumericalError: ``did_not_converge`` if the ridge is too small for a factorisation.
+        SolveError: The ridge is too small for a factorisation.
     """
-    from merging.ops.layers import merge_layer
     from merging.ops.ridge import ridge_solution
 
-    assert base is not None
     omega, rho = task.parameters.omega, task.parameters.rho
-
-    def solve(problem: LayerProblem) -> torch.Tensor:
-        return ridge_solution(problem, rho=rho, omega=omega, row_block=task.row_block)
-
-    return merge_layer(
-        base,
-        experts,
-        task,
-        flops=_flops,
-        solve=solve,
-        keep_weighted_total=omega is not None,
-    )
+    return ridge_solution(problem, rho=rho, omega=omega, row_block=task.row_block)
 
 
-def _flops(shape: LayerShape) -> Flops:
+def _flops(shape: LayerShape, _: WudiCfsParameters) -> Flops:
+    """Sums over experts, a factorisation, two triangular solves with O right-hand sides."""
     return direct_flops(shape, lambda size: ridge_flops(shape.rows, size))
 
 
-def wudi_cfs_cost(geometry: Geometry, parameters: WudiCfsParameters) -> Cost:
-    """Sums over experts, a factorisation, two triangular solves with O right-hand sides.
+def _entries(shape: LayerShape, form: Form, row_block: int, _: WudiCfsParameters) -> int:
+    """In float64: the ridged matrix and its factor; right-hand sides, in float32 too; solution."""
+    return direct_entries(shape, form, row_block, matrices=4, updates=6)
 
-    Held at once while solving in float64: the ridged matrix and its factor; the right-hand sides
-    (in float32 too) and the solution.
-    """
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
-    flops = _flops(shape)
-    form = cheapest(flops)
-    solving = direct_entries(shape, form, geometry.row_block, matrices=4, updates=6)
-    entries = max(reading_entries(shape, form), solving)
-    if parameters.omega is not None:
-        entries += shape.rows * shape.columns
-    return Cost(flops[form], 4 * entries)
 
+LAYER = LayerMethod(
+    solve=solve_wudi_cfs,
+    flops=_flops,
+    entries=_entries,
+    needs_weighted_total=lambda parameters: parameters.omega is not None,
+)
 
 register(
     MergeMethod(
@@ -125,8 +101,9 @@ register(
             " than WUDI and many times cheaper."
         ),
         source="Cheng et al., ICML 2025, arXiv:2503.08099, eq. 20",
-        merge=merge_wudi_cfs,
-        cost=wudi_cfs_cost,
+        merge=merge_by(LAYER),
+        cost=cost_by(LAYER),
+        layer=LAYER,
         parameters=WudiCfsParameters,
         separable="rows",
         streaming=True,

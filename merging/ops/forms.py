@@ -91,16 +91,27 @@ def direct_flops(shape: LayerShape, solve: Callable[[int], float]) -> Flops:
     )
 
 
-def _by_form(shape: LayerShape, *, gram: float, rows: float) -> Flops:
-    """Add what preparing a form takes; rows are of use only while they are fewer than columns."""
+def preparing_flops(shape: LayerShape) -> Flops:
+    """Operations of reading the experts into a problem; rows only while fewer than columns."""
     product = 2.0 * shape.stacked_rows * shape.columns
     right = float(shape.columns)
     if is_wide(shape.rows, shape.columns):
         right = (1 + _SYMMETRIC_SHARE) * shape.rows
-    flops: dict[Form, float] = {"gram": gram + product * (_SYMMETRIC_SHARE * shape.columns + right)}
+    flops: dict[Form, float] = {"gram": product * (_SYMMETRIC_SHARE * shape.columns + right)}
     if shape.stacked_rows < shape.columns:
-        flops["rows"] = rows + product * _SYMMETRIC_SHARE * shape.stacked_rows
+        flops["rows"] = product * _SYMMETRIC_SHARE * shape.stacked_rows
     return flops
+
+
+def _by_form(shape: LayerShape, *, gram: float, rows: float) -> Flops:
+    """Add what preparing a form takes."""
+    solving: dict[Form, float] = {"gram": gram, "rows": rows}
+    return {form: solving[form] + flops for form, flops in preparing_flops(shape).items()}
+
+
+def problem_size(shape: LayerShape, form: Form) -> int:
+    """Rows and columns of the problem's symmetric matrix."""
+    return shape.columns if form == "gram" else shape.stacked_rows
 
 
 def exponential_degree(t: float, largest_eigenvalue: float = 1.0) -> int:
@@ -169,7 +180,7 @@ def direct_entries(
         matrices: Symmetric matrices beside A, counted in float32.
         updates: Copies of a row block in coordinates, likewise.
     """
-    size = shape.columns if form == "gram" else shape.stacked_rows
+    size = problem_size(shape, form)
     block = min(row_block or shape.rows, shape.rows)
     return _prepared_entries(shape, form) + matrices * size * size + updates * block * size
 

@@ -4,87 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
 
 from merging.errors import NumericalError
 from merging.ops.blocks import block_size, work_dtype
 from merging.ops.figures import describe_solution, describe_start, warn
-from merging.ops.forms import Flops, LayerShape, cheapest
+from merging.ops.forms import LayerShape, cheapest
 from merging.ops.gram_form import GramProblem
+from merging.ops.layer_method import LayerMethod, LayerTask, LayerVariant, Reading, shared_flops
 from merging.ops.precision import float32_products
 from merging.ops.problem import LayerProblem, SolveError
 from merging.ops.row_form import RowProblem
 
-
-class LayerTask(Protocol):
-    """What is used of a method's task."""
-
-    tensor_name: str
-    parameters: Any
-    expert_parameters: Sequence[Any]
-    transposed: bool
-    figures: dict[str, Any]
-
-
 Solve = Callable[[LayerProblem], torch.Tensor]
-"""The merged update (O×I) of a problem with two task vectors or more that are not zero; it may be
-``problem.total``, which is given up."""
+"""Solution of a problem, as :attr:`LayerMethod.solve`."""
+
+SolverTask = tuple[LayerMethod, LayerTask]
 
 
 def merge_layer(
-    base: torch.Tensor,
-    experts: Iterator[torch.Tensor],
-    task: LayerTask,
-    *,
-    flops: Callable[[LayerShape], Flops],
-    solve: Solve,
-    keep_weighted_total: bool = False,
-) -> torch.Tensor:
-    """Merge a tensor: sum up its problem in the cheapest form, solve it, add it to the base.
+    base: torch.Tensor, experts: Iterator[torch.Tensor], tasks: Sequence[SolverTask]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Merge a tensor in one or several variants that share a problem.
 
-    A single task vector that is not zero is returned as it is. Figures and warnings go to the task.
+    The problem is summed up once, in the form that is cheapest for all of them; what does not
+    depend on a variant's parameters is computed once; variants that differ in ``scale`` alone share
+    their solution. A single task vector that is not zero is returned as it is. Figures and warnings
+    go to the tasks.
 
     Args:
         base: Tensor of the base model.
         experts: Tensors of the experts, read one at a time.
-        task: Of the method; its parameters have a ``scale``.
-        flops: Operations by form for a shape.
-        solve: What the method does.
-        keep_weighted_total: The method uses ``problem.combine(-1)``.
+        tasks: Solvers with their tasks, all of one tensor and one problem.
+
+    Yields:
+        The place of a variant among ``tasks``, and its merged tensor.
 
     Raises:
         NumericalError: ``did_not_converge`` if it cannot be solved with these parameters.
     """
+    method, task = tasks[0]
     columns, rows = as_matrix(base, transposed=task.transposed).shape[::-1]
-    by_form = flops(LayerShape(rows, columns, len(task.expert_parameters)))
-    form = cheapest(by_form)
+    shape = LayerShape(rows, columns, len(task.expert_parameters))
+    variants = [LayerVariant(method, task.parameters) for method, task in tasks]
+    form = cheapest(shared_flops(shape, variants))
+    needs_weighted_total = any(m.needs_weighted_total(t.parameters) for m, t in tasks)
+    reading = Reading(form, shape.num_experts, task.transposed, needs_weighted_total)
+    with float32_products(base.device), naming(task):
+        problem = variants[0].problem.read(base, experts, reading)
+    total = problem.total
+    groups = _group_by_solution(tasks)
+    for number, group in enumerate(groups):
+        if number + 1 < len(groups):
+            problem.total = total.clone()  # a solver gives it up
+        method, task = tasks[group[0]]
+        task.figures["flops"] = method.flops(shape, task.parameters)[form]
+        M = _solve(base, problem, method, task)
+        for place in group:
+            task = tasks[place][1]
+            task.figures.update(tasks[group[0]][1].figures)
+            update = M if place == group[-1] else M.clone()
+            yield place, _add_to_base(base, update, task)
+        problem.total = total
 
-    def new_problem(like: torch.Tensor) -> LayerProblem:
-        if form == "rows":
-            return RowProblem(like, len(task.expert_parameters))
-        return GramProblem(like, keep_weighted_total=keep_weighted_total)
 
-    with float32_products(base.device):
-        problem = read_problem(base, experts, new_problem, transposed=task.transposed)
-    return solve_layer(base, problem, task, flops=by_form[form], solve=solve)
+def _group_by_solution(tasks: Sequence[SolverTask]) -> list[list[int]]:
+    """Places of variants, together where they differ in scale alone."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for place, (method, task) in enumerate(tasks):
+        parameters = task.parameters.model_copy(update={"scale": 1.0})
+        groups.setdefault((id(method), parameters.model_dump_json()), []).append(place)
+    return list(groups.values())
 
 
-def solve_layer(
-    base: torch.Tensor, problem: LayerProblem, task: LayerTask, *, flops: float, solve: Solve
+def _solve(
+    base: torch.Tensor, problem: LayerProblem, method: LayerMethod, task: LayerTask
 ) -> torch.Tensor:
-    """Solve a problem that has been read, add the update to the base; see :func:`merge_layer`."""
+    """The merged update, with figures."""
     with float32_products(base.device):
-        task.figures.update(describe_start(problem), flops=flops)
+        task.figures.update(problem.once(describe_start))
         M = problem.total
         if problem.num_nonzero > 1:
             with naming(task):
-                M = solve(problem)
+                M = method.solve(problem, task)
         task.figures.update(describe_solution(problem, M, task.figures))
         if warnings := warn(problem, task.figures):
             task.figures["warnings"] = warnings
-    return add_to_base(base, M, scale=task.parameters.scale, transposed=task.transposed)
+    return M
 
 
 @contextmanager
@@ -115,11 +122,7 @@ def as_matrix(tensor: torch.Tensor, *, transposed: bool) -> torch.Tensor:
 
 
 def read_problem(
-    base: torch.Tensor,
-    experts: Iterator[torch.Tensor],
-    new_problem: Callable[[torch.Tensor], LayerProblem],
-    *,
-    transposed: bool,
+    base: torch.Tensor, experts: Iterator[torch.Tensor], reading: Reading
 ) -> LayerProblem:
     """Sum up the problem of a layer, one expert at a time, holding on to no stored tensor.
 
@@ -128,21 +131,26 @@ def read_problem(
     Args:
         base: Tensor of the base model.
         experts: Tensors of the experts.
-        new_problem: Makes the empty problem for matrices like the one given.
-        transposed: The tensors are stored in×out.
+        reading: What is needed of it.
     """
     problem: LayerProblem | None = None
     T = torch.empty(0)
     for expert in experts:
         if problem is None:
-            T = new_task_vector(base, expert, transposed=transposed)
-            problem = new_problem(T)
-        write_task_vector(T, base, expert, transposed=transposed)
+            T = new_task_vector(base, expert, transposed=reading.transposed)
+            problem = _new_problem(T, reading)
+        write_task_vector(T, base, expert, transposed=reading.transposed)
         del expert  # its memory may be used again from here on
         problem.accumulate(T)
     assert problem is not None, "recipes without experts are refused"
     problem.finish()
     return problem
+
+
+def _new_problem(like: torch.Tensor, reading: Reading) -> LayerProblem:
+    if reading.form == "rows":
+        return RowProblem(like, reading.num_experts)
+    return GramProblem(like, keep_weighted_total=reading.keep_weighted_total)
 
 
 def new_task_vector(base: torch.Tensor, expert: torch.Tensor, *, transposed: bool) -> torch.Tensor:
@@ -160,14 +168,12 @@ def write_task_vector(
         T_rows.sub_(base_rows)
 
 
-def add_to_base(
-    base: torch.Tensor, M: torch.Tensor, *, scale: float, transposed: bool
-) -> torch.Tensor:
+def _add_to_base(base: torch.Tensor, M: torch.Tensor, task: LayerTask) -> torch.Tensor:
     """``base + scale · M`` in the shape of the base and the dtype of M, which is used up."""
-    M.mul_(scale)
-    for M_rows, base_rows in _row_blocks(M, as_matrix(base, transposed=transposed)):
+    M.mul_(task.parameters.scale)
+    for M_rows, base_rows in _row_blocks(M, as_matrix(base, transposed=task.transposed)):
         M_rows.add_(base_rows)
-    return (M.t() if transposed else M).reshape(base.shape)
+    return (M.t() if task.transposed else M).reshape(base.shape)
 
 
 def _row_blocks(

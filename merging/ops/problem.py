@@ -27,13 +27,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from merging.ops.blocks import inner_product
 from merging.ops.forms import Form
 from merging.ops.precision import Precision
+
+Known = TypeVar("Known")
 
 HalfGradient = Callable[[torch.Tensor, torch.Tensor], None]
 """``half_gradient(M_rows, out)`` writes the rows of M A − B that belong to these rows of M."""
@@ -71,6 +73,7 @@ class LayerProblem(ABC):
         self.c = 0.0
         self.norms: list[float] = []
         self.gram_squares: list[float] = []
+        self._known: dict[Any, Any] = {}
 
     @property
     def nonzero_norms(self) -> list[float]:
@@ -102,6 +105,13 @@ class LayerProblem(ABC):
 
     def finish(self) -> None:  # noqa: B027 - there is nothing to do in the form with sums
         """To be called after the last task vector, before anything is solved."""
+
+    def once(self, compute: Callable[[LayerProblem], Known]) -> Known:
+        """What a function says of the problem as it was read; computed once, for all variants."""
+        if compute not in self._known:
+            self._known[compute] = compute(self)
+        known: Known = self._known[compute]
+        return known
 
     def row_blocks(self, row_block: int) -> list[slice]:
         """All rows in blocks of so many, the last of which may be shorter; 0 means one block."""

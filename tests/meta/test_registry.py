@@ -28,7 +28,9 @@ def test_each_file_registers_one_method_of_its_name(path: Path) -> None:
         and node.func.id == "register"
     ]
     assert len(calls) == 1
-    assert get_method(path.stem).merge.__module__ == f"merging.methods.{path.stem}"
+    method = get_method(path.stem)
+    function = method.layer.solve if method.layer else method.merge
+    assert function.__module__ == f"merging.methods.{path.stem}"
 
 
 def test_no_method_comes_from_elsewhere() -> None:
