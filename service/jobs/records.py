@@ -215,13 +215,15 @@ class EventRecord(msgspec.Struct, frozen=True):
 class Claim(msgspec.Struct, frozen=True):
     """The right to work on a job until the lease lapses or is taken over.
 
-    ``job`` is as it was at the claim. Every write takes the claim and is refused
-    (:class:`service.jobs.errors.StaleLeaseError`) once the fencing token is no longer the job's.
+    ``job`` is as it was at the claim, ``claimed_at`` the time of the store's clock. Every write
+    takes the claim and is refused (:class:`service.jobs.errors.StaleLeaseError`) once the fencing
+    token is no longer the job's.
     """
 
     job: JobRecord
     owner: str
     fencing_token: int
+    claimed_at: datetime
 
     @property
     def job_id(self) -> str:

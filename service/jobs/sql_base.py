@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,12 +21,18 @@ Clock = Callable[[], datetime]
 
 
 class SqlBase:
-    """Engine, clock, and the primitives that keep the store's rules."""
+    """Engine, clock, and the primitives that keep the store's rules.
 
-    def __init__(self, engine: sa.Engine, clock: Clock) -> None:
+    Args:
+        engine: See :func:`service.jobs.database.open_engine`.
+        clock: The time now; by default PostgreSQL's own, or this machine's for a file on it.
+    """
+
+    def __init__(self, engine: sa.Engine, clock: Clock | None = None) -> None:
         self._engine = engine
         self._writer = for_writing(engine)
-        self._clock = clock
+        self._clock = clock or _machine_time
+        self._asks_database = clock is None and engine.dialect.name == "postgresql"
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
@@ -38,6 +44,17 @@ class SqlBase:
         """A transaction: committed at the end, rolled back by any error."""
         with outages_as_unavailable(), self._writer.begin() as connection:
             yield connection
+
+    def _now(self, connection: sa.Connection) -> datetime:
+        """The time by which leases run and history is written.
+
+        Replicas on many machines share one database: its clock is the one that they agree on, so
+        that a machine whose clock is wrong or is set neither takes leases over nor keeps them.
+        """
+        if not self._asks_database:
+            return self._clock()
+        now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return now.astimezone(UTC)
 
     def _lock(
         self, connection: sa.Connection, job_id: str, claim: Claim | None = None
@@ -89,20 +106,25 @@ class SqlBase:
         return job
 
     def _append(self, connection: sa.Connection, job: JobRecord, changes: Sequence[Change]) -> None:
-        first = job.event_seq - len(changes) + 1
+        if not changes:
+            return
+        first, now = job.event_seq - len(changes) + 1, self._now(connection)
         rows = [
             {
                 "job_id": job.id,
                 "seq": seq,
                 "type": str(event),
-                "time": self._clock(),
+                "time": now,
                 "attempt": job.attempt,
                 "data": to_json(data),
             }
             for seq, (event, data) in enumerate(changes, first)
         ]
-        if rows:
-            connection.execute(sa.insert(events), rows)
+        connection.execute(sa.insert(events), rows)
+
+
+def _machine_time() -> datetime:
+    return datetime.now(UTC)
 
 
 def _holds(claim: Claim, row: sa.Row[Any]) -> bool:

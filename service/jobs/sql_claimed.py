@@ -22,7 +22,7 @@ from service.jobs.records import (
 from service.jobs.rows import pack, pack_json, to_json, to_record
 from service.jobs.sql_base import SqlBase
 from service.jobs.states import TERMINAL, JobState, ShardState, is_allowed
-from service.jobs.tables import ACTIVE, documents, jobs, shards
+from service.jobs.tables import ACTIVE, UtcDateTime, documents, jobs, shards
 
 _SHARD_EVENTS = {
     ShardState.PENDING: EventType.SHARD_RETRIED,
@@ -35,24 +35,33 @@ _SHARD_EVENTS = {
 class ClaimedStatements(SqlBase):
     """The runner's side of the store."""
 
-    def claim(self, owner: str, lease_seconds: float) -> Claim | None:
+    def claim(self, owner: str, lease_seconds: float, *, overdue: bool = False) -> Claim | None:
         """See :meth:`service.jobs.store.ClaimedJobs.claim`."""
         try:
             with self._write() as connection:
-                row = connection.execute(_claimable(self._clock())).one_or_none()
+                now = self._now(connection)
+                query = _claimable(now)
+                if overdue:
+                    due = _seconds(connection, jobs.c.queued_at) + jobs.c.deadline_seconds
+                    query = query.where(due <= _seconds(connection, now))
+                row = connection.execute(query).one_or_none()
                 if row is None:
                     return None
-                job = self._take(connection, to_record(row, JobRecord), owner, lease_seconds)
+                job = self._take(connection, to_record(row, JobRecord), owner, lease_seconds, now)
         except sa.exc.IntegrityError:
             # Another runner claimed a job with the same output in this instant: the index that
             # allows one of them refused ours.
             return None
-        return Claim(job, owner, job.fencing_token)
+        return Claim(job, owner, job.fencing_token, now)
 
     def _take(
-        self, connection: sa.Connection, job: JobRecord, owner: str, lease_seconds: float
+        self,
+        connection: sa.Connection,
+        job: JobRecord,
+        owner: str,
+        lease_seconds: float,
+        now: datetime,
     ) -> JobRecord:
-        now = self._clock()
         lapsed = job.lease_owner is not None
         values: dict[str, Any] = {
             "lease_owner": owner,
@@ -75,8 +84,8 @@ class ClaimedStatements(SqlBase):
 
     def renew(self, claim: Claim, lease_seconds: float) -> JobRecord:
         """See :meth:`service.jobs.store.ClaimedJobs.renew`."""
-        expires_at = self._clock() + timedelta(seconds=lease_seconds)
         with self._write() as connection:
+            expires_at = self._now(connection) + timedelta(seconds=lease_seconds)
             values = {"lease_expires_at": expires_at}
             return self._change(connection, claim.job_id, values, [], claim=claim, visible=False)
 
@@ -110,7 +119,7 @@ class ClaimedStatements(SqlBase):
             }
             changes = [state_changed(job, state)]
             if state in TERMINAL:
-                now = self._clock()
+                now = self._now(connection)
                 values |= {
                     "finished_at": now,
                     "estimated_finish_at": None,
@@ -136,7 +145,8 @@ class ClaimedStatements(SqlBase):
             job = self._lock(connection, claim.job_id, claim)
             if job.phase == name:
                 return job
-            values = {"phases": to_json(begin_phase(job.phases, name, message, self._clock()))}
+            phases = begin_phase(job.phases, name, message, self._now(connection))
+            values = {"phases": to_json(phases)}
             change = (EventType.JOB_PHASE_CHANGED, {"name": name, "message": message})
             return self._change(connection, job.id, values, [change], claim=claim)
 
@@ -190,7 +200,7 @@ class ClaimedStatements(SqlBase):
             row = connection.execute(sa.select(shards).where(*place)).one()
             if row.state == state and row.attempt == attempt:
                 return
-            now = self._clock()
+            now = self._now(connection)
             values: dict[str, Any] = {"state": str(state), "attempt": attempt, **facts}
             if state == ShardState.RUNNING:
                 values |= {"started_at": now, "finished_at": None, "error": None, "receipt": None}
@@ -216,6 +226,7 @@ class ClaimedStatements(SqlBase):
         *,
         shards: Sequence[ShardCounts] = (),
         estimated_finish_at: datetime | None = None,
+        with_event: bool = True,
     ) -> JobRecord:
         """See :meth:`service.jobs.store.ClaimedJobs.update_progress`."""
         with self._write() as connection:
@@ -227,8 +238,8 @@ class ClaimedStatements(SqlBase):
                 "estimated_finish_at": estimated_finish_at,
             }
             values = {"progress": to_json(reached), "estimated_finish_at": estimated_finish_at}
-            change = (EventType.JOB_PROGRESS, data)
-            job = self._change(connection, job.id, values, [change], claim=claim)
+            changes: list[Change] = [(EventType.JOB_PROGRESS, data)] if with_event else []
+            job = self._change(connection, job.id, values, changes, claim=claim)
             if shards:
                 connection.execute(_COUNT_UPDATE, [_count_row(job.id, counts) for counts in shards])
             return job
@@ -237,7 +248,8 @@ class ClaimedStatements(SqlBase):
         """See :meth:`service.jobs.store.ClaimedJobs.append_event`."""
         with self._write() as connection:
             job = self._change(connection, claim.job_id, {}, [(event, data)], claim=claim)
-            return EventRecord(job.id, job.event_seq, event, self._clock(), job.attempt, dict(data))
+            now = self._now(connection)
+            return EventRecord(job.id, job.event_seq, event, now, job.attempt, dict(data))
 
 
 def _claimable(now: datetime) -> sa.Select[Any]:
@@ -268,6 +280,14 @@ def _claimable(now: datetime) -> sa.Select[Any]:
         .limit(1)
         .with_for_update(skip_locked=True, of=jobs)
     )
+
+
+def _seconds(connection: sa.Connection, time: Any) -> sa.ColumnElement[float]:
+    """A time as seconds since some day, which databases can add to."""
+    time = sa.type_coerce(time, UtcDateTime)
+    if connection.dialect.name == "postgresql":
+        return sa.cast(sa.extract("epoch", time), sa.Float)
+    return sa.func.julianday(time, type_=sa.Float) * 86_400.0
 
 
 _COUNTS = ("tensors_fetched", "tensors_solved", "tensors_written")

@@ -44,7 +44,7 @@ class QueueStatements(SqlBase):
     ) -> tuple[JobRecord, bool]:
         """See :meth:`service.jobs.store.JobQueue.submit`."""
         with self._write() as connection:
-            job_id = new_id("job", self._clock())
+            job_id = new_id("job", self._now(connection))
             if idempotency is not None:
                 first = self._claim_key(connection, idempotency, job_id)
                 if first is not None:
@@ -68,7 +68,7 @@ class QueueStatements(SqlBase):
         The insert waits for another transaction that is just taking the same key, and then finds
         it taken: equal requests, however many at once, make one job.
         """
-        now = self._clock()
+        now = self._now(connection)
         keys = idempotency_keys
         expired = keys.c.created_at < now - timedelta(hours=IDEMPOTENCY_HOURS)
         connection.execute(sa.delete(keys).where(expired))
@@ -82,7 +82,7 @@ class QueueStatements(SqlBase):
     def _find_key(self, connection: sa.Connection, request: IdempotencyRequest) -> str | None:
         keys = idempotency_keys
         same = (keys.c[name] == getattr(request, name) for name in _KEY_COLUMNS)
-        fresh = keys.c.created_at >= self._clock() - timedelta(hours=IDEMPOTENCY_HOURS)
+        fresh = keys.c.created_at >= self._now(connection) - timedelta(hours=IDEMPOTENCY_HOURS)
         query = sa.select(keys.c.job_id, keys.c.fingerprint).where(*same, fresh)
         found = connection.execute(query).one_or_none()
         if found is None:
@@ -96,7 +96,7 @@ class QueueStatements(SqlBase):
         return str(found.job_id)
 
     def _insert_job(self, connection: sa.Connection, job_id: str, job: NewJob) -> JobRecord:
-        now = self._clock()
+        now = self._now(connection)
         values = {
             **to_json(job),
             "id": job_id,
@@ -137,7 +137,7 @@ class QueueStatements(SqlBase):
             values |= {"state": str(state), "previous_state": jobs.c.state}
             changes = [state_changed(job, state, cancel_requested=mode)]
             if at_once:
-                now = self._clock()
+                now = self._now(connection)
                 values |= {"finished_at": now, "phases": to_json(end_phase(job.phases, now))}
                 changes.append((EventType.JOB_FINISHED, {"state": str(state)}))
             return self._change(connection, job_id, values, changes)
@@ -158,7 +158,7 @@ class QueueStatements(SqlBase):
                 "state": str(JobState.QUEUED),
                 "previous_state": jobs.c.state,
                 "attempt": job.attempt + 1,
-                "queued_at": self._clock(),
+                "queued_at": self._now(connection),
                 "started_at": None,
                 "finished_at": None,
                 "error": None,

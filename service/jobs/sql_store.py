@@ -7,8 +7,6 @@ holds what keeps the store's rules.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from service.jobs.database import open_engine
 from service.jobs.errors import StoreUnavailableError
 from service.jobs.migrate import is_current, upgrade
@@ -43,7 +41,7 @@ def open_store(url: str, *, clock: Clock | None = None, migrate: bool = True) ->
 
     Args:
         url: ``sqlite:///path`` or ``postgresql://…``.
-        clock: The time now; the system's by default.
+        clock: The time now; by default PostgreSQL's own, or this machine's for SQLite.
         migrate: Bring the schema up to date first; several processes may do so at once.
 
     Raises:
@@ -53,8 +51,4 @@ def open_store(url: str, *, clock: Clock | None = None, migrate: bool = True) ->
     engine = open_engine(url)
     if migrate:
         upgrade(engine)
-    return SqlJobStore(engine, clock or _now)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
+    return SqlJobStore(engine, clock)

@@ -181,8 +181,8 @@ class JobQueue(Protocol):
 class ClaimedJobs(Protocol):
     """What only the holder of a lease may do: the runner's side of the store."""
 
-    def claim(self, owner: str, lease_seconds: float) -> Claim | None:
-        """Take a job to work on; None if there is none.
+    def claim(self, owner: str, lease_seconds: float, *, overdue: bool = False) -> Claim | None:
+        """Take a job to work on; None if there is none. ``overdue``: only one past its deadline.
 
         Jobs that lost their runner (lease lapsed or released) come first, then queued ones, each
         by priority and age. A queued job becomes ``planning``; others keep their state.
@@ -245,8 +245,9 @@ class ClaimedJobs(Protocol):
         *,
         shards: Sequence[ShardCounts] = (),
         estimated_finish_at: datetime | None = None,
+        with_event: bool = True,
     ) -> JobRecord:
-        """Note progress, with a ``job.progress`` event. Figures never go back."""
+        """Note progress, by default with a ``job.progress`` event. Figures never go back."""
 
     def append_event(self, claim: Claim, event: EventType, data: Mapping[str, Any]) -> EventRecord:
         """Append an event that changes nothing else (``job.warning``)."""

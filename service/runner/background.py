@@ -59,7 +59,8 @@ class Background(Generic[Result]):
         self._future = None
         if isinstance(error, MergeError) and not isinstance(error, StoreError):
             self._failures += 1
-            if error.retryable and self._failures < self._context.settings.max_tries:
-                self._start_at = self._context.retry_at(self._failures - 1)
+            start_at = self._context.retry_of(error, self._failures)
+            if start_at is not None:
+                self._start_at = start_at
                 return None
         raise error

@@ -31,7 +31,6 @@ class ShardBoard:
         self.in_flight: dict[int, int] = {}
         self._shards = plan.shards
         self._attempts = {shard.index: attempts.get(shard.index, 0) for shard in plan.shards}
-        self._failures = dict.fromkeys(self._attempts, 0)
         self._needed = shards_needed(plan)
         self._left = shards_left(plan, receipts)
         self._ready_at = dict.fromkeys(self._left, float("-inf"))
@@ -81,14 +80,9 @@ class ShardBoard:
         self.receipts[index] = receipt
         self._left.discard(index)
 
-    def failures(self, index: int) -> int:
-        """How often a shard has failed under this runner."""
-        return self._failures[index]
-
     def fail(self, index: int, ready_at: float | None) -> None:
         """A shard in flight failed; ready again then, or never."""
         self._end_try(index)
-        self._failures[index] += 1
         if ready_at is not None:
             self._ready_at[index] = ready_at
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import structlog
 
@@ -15,17 +16,28 @@ Monotonic = Callable[[], float]
 """Seconds that never go back."""
 
 
+_SECOND = timedelta(seconds=1)
+
+
 class Lease:
     """A claim on a job, and the newest that is known of the job.
+
+    Times are those of this process's monotonic clock: no clock that people set is asked.
+
+    Args:
+        claim: The claim.
+        claimed_at: When it was asked for.
+        lapses_at: When it ends, unless it is renewed.
 
     Attributes:
         claim: Goes with every write.
         job: The job as the store last gave it.
     """
 
-    def __init__(self, claim: Claim, lapses_at: float) -> None:
+    def __init__(self, claim: Claim, claimed_at: float, lapses_at: float) -> None:
         self.claim = claim
         self.job = claim.job
+        self._queued_at = claimed_at - (claim.claimed_at - claim.job.queued_at) / _SECOND
         self._lapses_at = lapses_at
         self._lock = threading.Lock()
 
@@ -42,6 +54,11 @@ class Lease:
     def lose(self) -> None:
         """It is known to have ended."""
         self._lapses_at = float("-inf")
+
+    def is_overdue(self, now: float) -> bool:
+        """The job's deadline has passed."""
+        limit = self.job.deadline_seconds
+        return limit is not None and now >= self._queued_at + limit
 
     def is_lost(self, now: float) -> bool:
         """It ended, or was not renewed in time: another runner may hold the job.
@@ -88,13 +105,13 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join()
 
-    def claim(self, owner: str) -> Lease | None:
-        """Claim a job, and keep it until it is dropped."""
+    def claim(self, owner: str, *, overdue: bool = False) -> Lease | None:
+        """Claim a job, and keep it until it is dropped; ``overdue``: one past its deadline."""
         asked_at = self._monotonic()
-        claim = self._store.claim(owner, self._lease_seconds)
+        claim = self._store.claim(owner, self._lease_seconds, overdue=overdue)
         if claim is None:
             return None
-        lease = Lease(claim, asked_at + self._lease_seconds)
+        lease = Lease(claim, asked_at, asked_at + self._lease_seconds)
         self._leases[claim.job_id] = lease
         return lease
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import structlog
@@ -279,7 +278,7 @@ class JobDriver:
         job = self.lease.job
         if job.state == JobState.CANCELLING and not self._may_be_published(job):
             self._begin_end(now=job.cancel_requested == "now")
-        elif self._is_overdue(job):
+        elif self.lease.is_overdue(self._context.monotonic()):
             self.give_up(
                 MergeError(
                     f"The job was not finished within {job.deadline_seconds:g} seconds of being"
@@ -291,11 +290,6 @@ class JobDriver:
     def _may_be_published(self, job: JobRecord) -> bool:
         """Taken over from a runner that may have completed the output before it stopped."""
         return self._desk is None and 0 < job.progress.shards_total == job.progress.shards_done
-
-    def _is_overdue(self, job: JobRecord) -> bool:
-        if job.deadline_seconds is None:
-            return False
-        return self._context.clock() >= job.queued_at + timedelta(seconds=job.deadline_seconds)
 
     def _begin_end(self, *, now: bool) -> None:
         self._stop_pool(now=now)

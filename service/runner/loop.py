@@ -154,10 +154,12 @@ class Runner:
             driver.receive(event)
 
     def _claim(self) -> None:
+        """Take jobs on, as many as are allowed; beyond that, those that only need to be failed."""
         now = self._context.monotonic()
-        while now >= self._claim_at and len(self._drivers) < self._settings.max_concurrent_jobs:
+        while now >= self._claim_at:
+            is_full = len(self._drivers) >= self._settings.max_concurrent_jobs
             try:
-                lease = self.heartbeat.claim(self._name)
+                lease = self.heartbeat.claim(self._name, overdue=is_full)
             except StoreUnavailableError as error:
                 self._wait_for_store(error)
                 return
@@ -229,7 +231,7 @@ class Runner:
     # -- sharing out the pool
 
     def _hand_out(self) -> None:
-        """Give the pool as much as it can use, in turn to the job with the least in flight."""
+        """Give the pool as much as it can use: equal shares to jobs of the same priority."""
         now = self._context.monotonic()
         if now < self._dispatch_at or not any(map(self._can_use, self._drivers.values())):
             return
@@ -263,6 +265,6 @@ class Runner:
 
 
 def _need(driver: JobDriver) -> tuple[int, int, datetime]:
-    """Who comes first: least in flight, then priority, then age."""
+    """Who comes first: by priority, then least in flight, then age."""
     job = driver.lease.job
-    return (driver.num_in_flight, -job.priority, job.queued_at)
+    return (-job.priority, driver.num_in_flight, job.queued_at)

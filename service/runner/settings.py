@@ -15,13 +15,14 @@ class RunnerSettings:
         max_concurrent_jobs: Jobs driven at once.
         max_in_flight_shards: Shards handed to the pool at once; None: its slots and a few more, so
             that no worker waits for its next shard.
-        max_tries: How often a shard is tried, and planning and publishing, before the job fails.
+        max_tries: How often a shard is tried, and planning and publishing, before the job fails;
+            some failures have more or fewer (:mod:`service.runner.retry`).
         max_takeovers: Runners in a row that may die on a job without progress.
         lease_seconds: How long a silent runner keeps its jobs.
         heartbeat_seconds: Between renewals; also how soon a cancel is noticed.
         claim_seconds: Between looks for work.
         progress_seconds: Between ``job.progress`` events of a job.
-        retry_seconds: Wait before the first retry; doubles with each, up to a minute.
+        retry_seconds: Wait before the first retry; doubles with each, up to a minute. Likewise.
         grace_seconds: How long cancelled workers may take before they are ended.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,6 +26,9 @@ from workers.messages import (
 )
 
 _FILE_IS_GONE = ("not_found", "source_changed")
+_TELLINGS = 500
+"""One event of progress in this part of the time that the job has run: one in a second at first,
+1,500 in an hour, 4,000 in a week."""
 
 
 class ShardDesk:
@@ -64,7 +67,9 @@ class ShardDesk:
         self._context = context
         self.has_started = False
         self._inbox: deque[ShardStarted | ShardDone | ShardFailed] = deque()
+        self._failures: Counter[tuple[int, str]] = Counter()
         self._sampled_at = float("-inf")
+        self._told_at = float("-inf")
         self._began_at = context.monotonic()
         self._began_bytes = self.board.progress().bytes_done
 
@@ -153,17 +158,19 @@ class ShardDesk:
         error = error_from_dict(event.error)
         error.context.setdefault("shard_index", index)
         missing = self._missing_file(error)
-        # Cancelled though the job is not: a worker was told to stop by somebody else.
-        may_help = error.retryable or error.code == "cancelled" or missing is not None
-        failures = self.board.failures(index)
-        is_last = not may_help or failures + 1 >= self._context.settings.max_tries
+        kind = (index, error.code)
+        ready_at = self._context.retry_of(
+            error, self._failures[kind] + 1, may_help=missing is not None
+        )
+        is_last = ready_at is None
         state = ShardState.FAILED if is_last else ShardState.PENDING
         self._record(index, state, event.attempt, error=error.to_dict())
         if missing is not None and self.board.is_current_file(missing, reader=index):
             attempts = self.board.attempts(missing)
             self._record(missing, ShardState.PENDING, attempts, error=error.to_dict())
             self.board.lose(missing)
-        self.board.fail(index, None if is_last else self._context.retry_at(failures))
+        self._failures[kind] += 1
+        self.board.fail(index, ready_at)
         structlog.get_logger(__name__).warning(
             "shard_failed",
             job_id=event.job_id,
@@ -184,21 +191,30 @@ class ShardDesk:
         self._context.store.record_shard(self._lease.claim, index, state, attempt=attempt, **facts)
 
     def sample_progress(self) -> None:
-        """Tell the store how far the job is, if it got on and the last time was long enough ago."""
+        """Tell the store how far the job is, if it got on and the last time was long enough ago.
+
+        Events of it become rarer the longer the job runs, so that a job of days does not fill the
+        table; the figures that can be read of job and shards stay fresh.
+        """
         now = self._context.monotonic()
-        is_soon = now < self._sampled_at + self._context.settings.progress_seconds
-        if is_soon and not self.board.is_done:
+        interval, is_done = self._context.settings.progress_seconds, self.board.is_done
+        if now < self._sampled_at + interval and not is_done:
             return
         progress, changes = self.board.progress(), self.board.changes()
         if progress != self._lease.job.progress or changes:
+            pause = max(interval, (now - self._began_at) / _TELLINGS)
+            is_told = is_done or now >= self._told_at + pause
             job = self._context.store.update_progress(
                 self._lease.claim,
                 progress,
                 shards=changes,
                 estimated_finish_at=self._estimate(now),
+                with_event=is_told,
             )
             self._lease.update(job)
-            self.board.forget_changes()
+            if is_told:
+                self.board.forget_changes()
+                self._told_at = now
         self._sampled_at = now
 
     def _estimate(self, now: float) -> datetime | None:

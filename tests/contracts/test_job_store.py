@@ -57,7 +57,7 @@ def test_only_listed_transitions_of_a_claimed_job_are_carried_out(
 ) -> None:
     for new in JobState:
         job, claim = bring_to(store, old)
-        claim = claim or Claim(job, "runner-1", job.fencing_token)
+        claim = claim or Claim(job, "runner-1", job.fencing_token, job.created_at)
         if old in ACTIVE and is_allowed(old, new):
             assert store.transition(claim, new, **FACTS.get(new, {})).state == new
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -116,9 +117,16 @@ class Bench:
         job, _ = self.store.submit(NewJob(**{**values, **changes}))
         return job
 
-    def runner(self, pool: FakePool | None = None, **settings: Any) -> BenchRunner:
-        """A new runner with a pool of its own."""
-        return BenchRunner(self, pool or FakePool(self.storage), **settings)
+    def runner(
+        self,
+        pool: FakePool | None = None,
+        *,
+        clock: Callable[[], datetime] | None = None,
+        **settings: Any,
+    ) -> BenchRunner:
+        """A new runner with a pool of its own; ``clock``: its machine's, if that is wrong."""
+        chosen = clock or self.clock
+        return BenchRunner(self, pool or FakePool(self.storage), chosen, **settings)
 
     def assert_ended_once(self, job: JobRecord) -> None:
         """What holds for every job that has ended, however it went."""
@@ -138,7 +146,9 @@ class Bench:
 class BenchRunner:
     """A runner whose loop the test turns."""
 
-    def __init__(self, bench: Bench, pool: FakePool, **settings: Any) -> None:
+    def __init__(
+        self, bench: Bench, pool: FakePool, clock: Callable[[], datetime], **settings: Any
+    ) -> None:
         self.bench = bench
         self.pool = pool
         self.threads = StepExecutor()
@@ -148,7 +158,7 @@ class BenchRunner:
             lambda: bench.storage,
             pool,
             RunnerSettings(**{"lease_seconds": LEASE_SECONDS, **settings}),
-            clock=bench.clock,
+            clock=clock,
             monotonic=bench.clock.monotonic,
             threads=self.threads,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from merging.publish import INDEX_NAME
 from service.jobs.states import JobState
 from tests.support.fake_pool import FakePool
@@ -18,6 +20,54 @@ def test_jobs_share_the_pool_evenly(bench: Bench) -> None:
     assert shares == [2, 2]
     pool.holding = False
     runner.finish(*jobs)
+
+
+def test_jobs_of_higher_priority_are_served_first_and_share_among_themselves(bench: Bench) -> None:
+    low = bench.submit()
+    runner = bench.runner(FakePool(bench.storage, slots=4), max_in_flight_shards=4)
+    runner.pool.refusing = True
+    runner.turn(6)
+    high = [bench.submit(priority=5) for _ in range(2)]
+    runner.turn(6)
+    runner.pool.refusing, runner.pool.holding = False, True
+    runner.turn(6)
+    shares = Counter(task.job_id for task in runner.pool.in_flight)
+    assert shares == {high[0].id: 2, high[1].id: 2}
+    runner.pool.holding = False
+    ends = [done.finished_at for done in runner.finish(low, *high)]
+    assert ends[0] == max(ends)
+
+
+def test_a_long_job_does_not_keep_a_short_one_waiting(bench: Bench) -> None:
+    long = bench.submit()
+    pool = FakePool(bench.storage, slots=1)
+    pool.holding = True
+    runner = bench.runner(pool, max_in_flight_shards=2)
+    runner.turn_until(lambda: len(pool.in_flight) == 2)
+    short = bench.submit(options={"max_shard_size": 9000})  # one shard
+    runner.turn(4)
+    pool.holding = False
+    runner.finish(long, short)
+    order = [task.job_id for task in pool.submitted]
+    assert order == [long.id, long.id, short.id, long.id]
+
+
+def test_a_job_past_its_deadline_fails_though_no_runner_has_room_for_it(bench: Bench) -> None:
+    running = bench.submit()
+    bench.clock.advance(1)
+    late = bench.submit(deadline_seconds=60)
+    patient = bench.submit(deadline_seconds=6000)
+    runner = bench.runner(max_concurrent_jobs=1)
+    runner.pool.holding = True
+    runner.turn(110)
+    assert bench.store.get(late.id).state == JobState.QUEUED
+    (done,) = runner.finish(late)
+    assert done.error is not None
+    assert done.error["code"] == "deadline_exceeded"
+    assert bench.store.get(patient.id).state == JobState.QUEUED
+    assert {task.job_id for task in runner.pool.submitted} == {running.id}
+    runner.pool.holding = False
+    runner.finish(running, patient)
 
 
 def test_no_more_jobs_are_driven_than_allowed(bench: Bench) -> None:

@@ -259,6 +259,35 @@ def test_progress_is_told_once_a_second_with_the_counts_of_shards(bench: Bench) 
     assert done.estimated_finish_at is None
 
 
+def test_progress_of_a_long_job_is_told_ever_more_rarely_but_always_fresh(bench: Bench) -> None:
+    job = bench.submit()
+    runner = bench.runner()
+    pool = runner.pool
+    pool.holding = True
+    runner.turn_until(lambda: len(pool.in_flight) == NUM_SHARDS)
+
+    def told_in(turns: int, pause: float) -> int:
+        """Events of progress while the job gets on with each pause."""
+        before = bench.store.last_event(job.id)
+        for turn in range(turns):
+            pool.report_progress(pool.in_flight[turn % 2], 1 + turn // 2 % 2)
+            bench.clock.advance(pause)
+            runner.turn()
+        assert bench.store.get(job.id).progress.shards_total == NUM_SHARDS
+        events = bench.store.events(job.id, after=before)
+        return [str(event.type) for event in events].count("job.progress")
+
+    assert told_in(40, 0.5) == 40
+    bench.clock.advance(20)
+    runner.runner.heartbeat.beat()
+    told_in(300, 20.0)
+    assert 9 <= told_in(120, 0.5) <= 12  # 6,000 seconds later: 12 s apart
+    events = bench.store.events(job.id, limit=10_000)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    pool.holding = False
+    runner.finish(job)
+
+
 def test_lost_work_does_not_let_progress_go_back(bench: Bench) -> None:
     job = bench.submit()
     runner = bench.runner()
