@@ -114,7 +114,16 @@ class Client:
             fields: Other fields of the request: ``options``, ``labels``, ``priority`` …
         """
         body = {"type": "merge", "recipe": recipe, "output_uri": output_uri, **fields}
-        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        return self._submit(body, idempotency_key)
+
+    def run_plan(
+        self, plan_id: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Submit exactly the merge of a plan; refused (``plan_outdated``) if an input changed."""
+        return self._submit({"plan_id": plan_id, **fields}, idempotency_key)
+
+    def _submit(self, body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
         return self._call("POST", "/v1/jobs", json=body, headers=headers)
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -139,7 +148,7 @@ class Client:
     def plan(
         self, recipe: str | Mapping[str, Any], output_uri: str, **fields: Any
     ) -> dict[str, Any]:
-        """What a job would do, without running it."""
+        """What a job would do, without running it; :meth:`run_plan` runs just that."""
         body = {"recipe": recipe, "output_uri": output_uri, **fields}
         return self._call("POST", "/v1/plans", json=body)
 

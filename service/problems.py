@@ -58,6 +58,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "digest_mismatch": (422, "The bytes are not those that were expected"),
     "does_not_fit": (422, "The merge does not fit the memory budget"),
     "nothing_to_do": (422, "There is nothing to merge"),
+    "plan_outdated": (409, "The merge is no longer the one that was planned"),
     "output_exists": (409, "There is a checkpoint at the output already"),
     "non_finite_input": (422, "An input holds NaN or infinity"),
     "non_finite_output": (422, "The result holds NaN or infinity"),

@@ -92,6 +92,7 @@ class JobObject(BaseModel):
     seed: int
     initiator: str | None
     resubmitted_from: str | None
+    plan_id: str | None
     cancel_requested: CancelMode | None
     url: str
     etag: str
@@ -161,7 +162,10 @@ class PlanObject(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     object: Literal["plan"] = "plan"
+    id: str
     created_at: datetime
+    expires_at: datetime
+    url: str
     plan_digest: str
     recipe_digest: str
 

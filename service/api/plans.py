@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
-import anyio.to_thread
-from fastapi import APIRouter
+from typing import Annotated
 
+from fastapi import APIRouter, Path, Response
+from starlette.concurrency import run_in_threadpool
+
+from merging.plan.plan import Plan
 from merging.plan.summary import plan_summary
-from service.api.deps import ServicesDep, guarded
+from service.api.deps import Services, ServicesDep, guarded
 from service.api.objects import PlanObject
 from service.api.planning import plan_merge
-from service.api.schemas import PlanRequest
+from service.api.schemas import PlanRequest, is_plan_id
 from service.auth import Scope
+from service.jobs.records import NewPlan, PlanRecord
+from service.problems import RequestError
 
 router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 
-@router.post("", operation_id="plans.create", **guarded(Scope.JOBS_WRITE))
-async def create_plan(body: PlanRequest, services: ServicesDep) -> PlanObject:
-    """Plan a merge without running it: shards, bytes, flops, memory, time. Nothing is written.
+@router.post("", operation_id="plans.create", status_code=201, **guarded(Scope.JOBS_WRITE))
+async def create_plan(body: PlanRequest, services: ServicesDep, response: Response) -> PlanObject:
+    """Plan a merge without running it: shards, bytes, flops, memory, time.
 
+    Nothing is written to storage. A job may name the plan for a day, to run exactly that.
     ``estimate`` is null until workers have done a shard and so told how fast they are.
     """
     plan = await plan_merge(services, body)
-    estimate = await anyio.to_thread.run_sync(services.forecast.estimate, plan)
+    kept = await run_in_threadpool(_keep, services, body, plan)
+    response.headers["Location"] = services.href(f"/v1/plans/{kept.id}")
+    return _plan_object(services, kept)
+
+
+@router.get("/{plan_id}", operation_id="plans.get", **guarded(Scope.JOBS_READ))
+def read_plan(
+    plan_id: Annotated[str, Path(description="Id of a plan.")], services: ServicesDep
+) -> PlanObject:
+    """A plan that was made within the last day."""
+    if not is_plan_id(plan_id):
+        raise RequestError(f"There is no plan {plan_id[:100]}.", code="not_found")
+    return _plan_object(services, services.store.find_plan(plan_id))
+
+
+def _keep(services: Services, body: PlanRequest, plan: Plan) -> PlanRecord:
+    return services.store.keep_plan(
+        NewPlan(
+            recipe_source=body.recipe,
+            options=body.options.model_dump(mode="json"),
+            summary=plan_summary(plan, services.forecast.estimate(plan)),
+        )
+    )
+
+
+def _plan_object(services: Services, plan: PlanRecord) -> PlanObject:
     members = {
-        **plan_summary(plan, estimate),
+        **plan.summary,
         "object": "plan",
-        "created_at": services.clock(),
+        "id": plan.id,
+        "created_at": plan.created_at,
+        "expires_at": plan.expires_at,
+        "url": services.href(f"/plans/{plan.id}"),
     }
     return PlanObject.model_validate(members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -22,6 +23,7 @@ RecipeField = Annotated[
     BeforeValidator(_document),
     Field(description="The recipe: YAML or JSON text, or an object."),
 ]
+_PLAN_ID = r"^plan_[0-9a-z]{26}$"
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$")]
 LabelValue = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=255)]
@@ -61,9 +63,15 @@ class PlanRequest(Request):
     options: MergeOptions = MergeOptions()
 
 
-class JobSubmission(PlanRequest):
-    """A merge to be run."""
+class JobSubmission(Request):
+    """A merge to be run: ``recipe`` and ``output_uri`` with ``options``, or a ``plan_id``."""
 
+    recipe: RecipeField | None = None
+    output_uri: OutputUri | None = None
+    options: MergeOptions = MergeOptions()
+    plan_id: str | None = Field(
+        default=None, pattern=_PLAN_ID, description="Run exactly this stored plan, or nothing."
+    )
     type: Literal["merge"] = "merge"
     labels: Labels = {}
     metadata: Metadata = {}
@@ -101,3 +109,8 @@ class TokenRequest(Request):
     name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
     scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))
     expires_at: AwareDatetime | None = None
+
+
+def is_plan_id(text: str) -> bool:
+    """Whether a plan could have this id."""
+    return re.fullmatch(_PLAN_ID, text) is not None

@@ -7,12 +7,17 @@ from typing import Any
 import msgspec
 from starlette.concurrency import run_in_threadpool
 
+from merging.errors import Fault
+from merging.options import MergeOptions
 from merging.plan.plan import Plan
 from service.api.deps import Services
 from service.api.planning import plan_merge
-from service.api.schemas import JobSubmission
+from service.api.schemas import JobSubmission, PlanRequest
 from service.auth import Principal
-from service.jobs.records import IdempotencyRequest, JobRecord, NewJob
+from service.jobs.errors import NotFoundError
+from service.jobs.records import IdempotencyRequest, JobRecord, NewJob, PlanRecord
+from service.pinned import check_pinned
+from service.problems import RequestError
 
 
 async def submit(
@@ -26,8 +31,9 @@ async def submit(
     """Queue a merge, or give the first job of the idempotency key.
 
     The plan that is made here shows that the merge can work, and is then dropped: the runner plans
-    anew, and it is that plan which pins the versions of the inputs. A key that was used before is
-    looked up first, since what its job has done meanwhile (filled the output) is no fault.
+    anew, and it is that plan which pins the versions of the inputs. If the request names a stored
+    plan, both must come out as that one. A key that was used before is looked up first, since what
+    its job has done meanwhile (filled the output) is no fault.
 
     Returns:
         The job, and whether this call made it.
@@ -36,26 +42,67 @@ async def submit(
         first = await run_in_threadpool(services.store.find_submitted, idempotency)
         if first is not None:
             return first, False
-    plan = await plan_merge(services, body)
-    job = _new_job(body, plan, principal, resubmitted_from)
+    stored = await _stored_plan(services, body)
+    request = _plan_request(body, stored)
+    plan = await plan_merge(services, request)
+    if stored is not None:
+        check_pinned(plan, stored.summary["plan_digest"], stored.summary["inputs"])
+    job = _new_job(body, request, plan, principal, resubmitted_from)
     record, is_new = await run_in_threadpool(services.store.submit, job, idempotency=idempotency)
     if is_new:
         services.metrics.jobs_submitted.labels(plan.method).inc()
     return record, is_new
 
 
+async def _stored_plan(services: Services, body: JobSubmission) -> PlanRecord | None:
+    if body.plan_id is None:
+        return None
+    both = {"recipe", "output_uri", "options"} & body.model_fields_set
+    if both:
+        raise _refusal(*(f"/{name}" for name in sorted(both)), detail="The plan has its own.")
+    try:
+        return await run_in_threadpool(services.store.find_plan, body.plan_id)
+    except NotFoundError as error:
+        raise RequestError(f"{error.detail} Make a new plan.", code="plan_outdated") from None
+
+
+def _plan_request(body: JobSubmission, stored: PlanRecord | None) -> PlanRequest:
+    if stored is not None:
+        return PlanRequest(
+            recipe=stored.recipe_source,
+            output_uri=stored.summary["output_uri"],
+            options=MergeOptions.model_validate(stored.options),
+        )
+    if body.recipe is None or body.output_uri is None:
+        missing = [f"/{name}" for name in ("recipe", "output_uri") if getattr(body, name) is None]
+        raise _refusal(*missing, detail="Needed, unless 'plan_id' names a stored plan.")
+    return PlanRequest(recipe=body.recipe, output_uri=body.output_uri, options=body.options)
+
+
+def _refusal(*pointers: str, detail: str) -> RequestError:
+    return RequestError(
+        f"{', '.join(pointer[1:] for pointer in pointers)}: {detail}",
+        code="invalid_request",
+        faults=[Fault(pointer, "invalid_request", detail) for pointer in pointers],
+    )
+
+
 def _new_job(
-    body: JobSubmission, plan: Plan, principal: Principal, resubmitted_from: str | None
+    body: JobSubmission,
+    request: PlanRequest,
+    plan: Plan,
+    principal: Principal,
+    resubmitted_from: str | None,
 ) -> NewJob:
     inputs: list[dict[str, Any]] = msgspec.to_builtins(plan.inputs)
     return NewJob(
         type=body.type,
-        recipe_source=body.recipe,
+        recipe_source=request.recipe,
         recipe=plan.recipe,
         recipe_digest=plan.recipe_digest,
         method=plan.method,
         output_uri=plan.output_uri,
-        options=body.options.model_dump(mode="json"),
+        options=request.options.model_dump(mode="json"),
         inputs=tuple(inputs),
         warnings=plan.warnings,
         labels=body.labels,
@@ -64,4 +111,6 @@ def _new_job(
         deadline_seconds=body.deadline_seconds,
         initiator=principal.token_id,
         resubmitted_from=resubmitted_from,
+        plan_id=body.plan_id,
+        pinned_plan_digest=plan.digest if body.plan_id else None,
     )

@@ -70,6 +70,8 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
         deadline_seconds: From being queued; a job not finished by then fails.
         initiator: Id of the token that submitted it.
         resubmitted_from: Id of the job whose recipe this is.
+        plan_id: Id of the stored plan that it is to run.
+        pinned_plan_digest: That plan's digest; a run that is planned otherwise fails.
         type: Kind of work; only ``merge`` for now.
     """
 
@@ -87,7 +89,31 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     deadline_seconds: float | None = None
     initiator: str | None = None
     resubmitted_from: str | None = None
+    plan_id: str | None = None
+    pinned_plan_digest: str | None = None
     type: str = "merge"
+
+
+class NewPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A merge that was planned, to be looked at and perhaps run.
+
+    Attributes:
+        recipe_source: The recipe as it was sent.
+        options: :class:`merging.options.MergeOptions` as a dictionary.
+        summary: :func:`merging.plan.summary.plan_summary`, with output, inputs and digest.
+    """
+
+    recipe_source: str | dict[str, Any]
+    options: dict[str, Any]
+    summary: dict[str, Any]
+
+
+class PlanRecord(NewPlan, frozen=True, kw_only=True):
+    """A stored plan; after ``expires_at`` there is none."""
+
+    id: str
+    created_at: datetime
+    expires_at: datetime
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +166,8 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     deadline_seconds: float | None
     initiator: str | None
     resubmitted_from: str | None
+    plan_id: str | None
+    pinned_plan_digest: str | None
     lease_owner: str | None
     lease_expires_at: datetime | None
     fencing_token: int

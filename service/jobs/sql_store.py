@@ -1,8 +1,8 @@
 """The job store on SQLite or PostgreSQL.
 
-The statements lie in files by who uses them: ``sql_read`` and ``sql_queue`` for the API,
-``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication; ``sql_base``
-holds what keeps the store's rules.
+The statements lie in files by who uses them: ``sql_read``, ``sql_queue`` and ``sql_plans`` for
+the API, ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication;
+``sql_base`` holds what keeps the store's rules.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from service.jobs.errors import StoreUnavailableError
 from service.jobs.migrate import is_current, upgrade
 from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
+from service.jobs.sql_plans import PlanStatements
 from service.jobs.sql_queue import QueueStatements
 from service.jobs.sql_read import ReadStatements
 from service.jobs.sql_sessions import SessionStatements
@@ -19,7 +20,12 @@ from service.jobs.sql_tokens import TokenStatements
 
 
 class SqlJobStore(
-    ReadStatements, QueueStatements, ClaimedStatements, TokenStatements, SessionStatements
+    ReadStatements,
+    QueueStatements,
+    PlanStatements,
+    ClaimedStatements,
+    TokenStatements,
+    SessionStatements,
 ):
     """See :class:`service.jobs.store.JobStore`."""
 

@@ -28,6 +28,8 @@ from service.jobs.records import (
     JobFilter,
     JobRecord,
     NewJob,
+    NewPlan,
+    PlanRecord,
     Progress,
     SessionRecord,
     ShardCounts,
@@ -78,6 +80,16 @@ class SessionStore(Protocol):
 
     def redeem_login_code(self, code: str) -> str | None:
         """Use a code up; the id of its token, or None if it is unknown, used or too old."""
+
+
+class PlanStore(Protocol):
+    """Plans that were made for somebody to look at."""
+
+    def keep_plan(self, plan: NewPlan) -> PlanRecord:
+        """Keep a plan for a day."""
+
+    def find_plan(self, plan_id: str) -> PlanRecord:
+        """A plan. Raises ``NotFoundError``, also once it has expired."""
 
 
 class JobQueue(Protocol):
@@ -253,7 +265,7 @@ class ClaimedJobs(Protocol):
         """Append an event that changes nothing else (``job.warning``)."""
 
 
-class JobStore(JobQueue, ClaimedJobs, TokenStore, SessionStore, Protocol):
+class JobStore(JobQueue, PlanStore, ClaimedJobs, TokenStore, SessionStore, Protocol):
     """Everything that the service keeps."""
 
     def ping(self) -> None:

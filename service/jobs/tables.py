@@ -94,6 +94,8 @@ jobs = sa.Table(
     sa.Column("deadline_seconds", sa.Float),
     sa.Column("initiator", sa.String(64)),
     sa.Column("resubmitted_from", sa.String(64)),
+    sa.Column("plan_id", sa.String(64)),
+    sa.Column("pinned_plan_digest", sa.String(80)),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_expires_at", UtcDateTime),
     sa.Column("fencing_token", sa.Integer, nullable=False),
@@ -171,6 +173,17 @@ events = sa.Table(
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("data", _json, nullable=False),
     sa.CheckConstraint("seq >= 1", name="seq"),
+)
+
+plans = sa.Table(
+    "plans",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("recipe_source", _json, nullable=False),
+    sa.Column("options", _json, nullable=False),
+    sa.Column("summary", _json, nullable=False),
 )
 
 idempotency_keys = sa.Table(

@@ -16,6 +16,7 @@ from merging.storage.base import Storage
 from service.jobs.records import JobRecord
 from service.jobs.states import JobState
 from service.jobs.store import JobStore
+from service.pinned import check_pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,10 @@ def load_or_make_plan(store: JobStore, job: JobRecord, storage: Storage) -> Plan
     if plan is not None:
         return plan
     options = MergeOptions.model_validate(job.options)
-    return make_plan(parse_recipe(job.recipe_source), storage, options, job.output_uri)
+    plan = make_plan(parse_recipe(job.recipe_source), storage, options, job.output_uri)
+    if job.pinned_plan_digest is not None:
+        check_pinned(plan, job.pinned_plan_digest, job.inputs)
+    return plan
 
 
 def prepare(plan: Plan, job: JobRecord, storage: Storage) -> Remains:

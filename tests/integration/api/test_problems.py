@@ -36,7 +36,9 @@ def check_problem(response: httpx.Response, code: str) -> dict[str, Any]:
 
 
 def fill(path: str) -> str:
-    return path.format(job_id=JOB_ID, name="no-such-method", token_id="tok_none")
+    return path.format(
+        job_id=JOB_ID, name="no-such-method", token_id="tok_none", plan_id="plan_none"
+    )
 
 
 def bodies(api: LiveApi) -> Iterator[tuple[str, str]]:
