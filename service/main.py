@@ -21,6 +21,7 @@ from service.auth import LOGIN_CODE_LIFETIME, prepare_first_token
 from service.forecast import Forecast
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.logs import configure_logging
+from service.runner.collector import Collector
 from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
 from service.server import Server, address_of, bind
@@ -66,21 +67,25 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         store = _open_store(settings)
         stack.callback(store.close)
         first_token = prepare_first_token(store, settings)
-        pool = _make_pool(settings)
-        stack.callback(pool.close)
         forecast = Forecast(settings.data_dir / "rates.json", settings.device)
-        runner = _make_runner(settings, store, pool, forecast)
+        runner = None
+        if settings.run_jobs:
+            pool = _make_pool(settings)
+            stack.callback(pool.close)
+            runner = _make_runner(settings, store, pool, forecast)
         storage = open_storage(settings.storage_roots)
         app = create_app(
             settings,
             store,
             storage=storage,
-            checks=[_runner_check(runner)],
+            checks=[] if runner is None else [_runner_check(runner)],
             forecast=forecast,
         )
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
-        runner.start()
-        stack.callback(_stop_runner, runner, settings.drain_seconds)
+        if runner is not None:
+            runner.start()
+            stack.callback(_stop_runner, runner, settings.drain_seconds)
+            _start_collector(stack, settings, store)
         version, address = metadata.version("mergeyard"), address_of(listener, settings.root_path)
         if first_token is not None:
             code = store.create_login_code(first_token.id, LOGIN_CODE_LIFETIME)
@@ -146,6 +151,16 @@ def _make_runner(
         ),
         forecast=forecast,
     )
+
+
+def _start_collector(stack: ExitStack, settings: Settings, store: SqlJobStore) -> None:
+    collector = Collector(
+        store,
+        lambda: open_storage(settings.storage_roots),
+        kept_seconds=3600 * settings.keep_leftovers_hours,
+    )
+    collector.start()
+    stack.callback(collector.stop)
 
 
 def _runner_check(runner: Runner) -> ReadinessCheck:

@@ -85,6 +85,11 @@ class Settings(BaseSettings):
         default=12, gt=0, le=24 * 30, description="How long a browser stays logged in."
     )
 
+    run_jobs: bool = Field(
+        default=True,
+        description="Whether this process drives jobs. One that does not only answers requests,"
+        " for others on the same database.",
+    )
     pool: Literal["ray", "local"] = Field(
         default="ray", description="What executes shards: Ray, or threads of this process."
     )
@@ -115,6 +120,12 @@ class Settings(BaseSettings):
         le=3600,
         description="How long shards in flight may go on after SIGTERM. What is left then is"
         " cancelled and done again by the next runner.",
+    )
+    keep_leftovers_hours: float = Field(
+        default=72,
+        ge=0,
+        description="How long the unfinished files of failed, cancelled and forgotten jobs are"
+        " kept, for a retry to go on from. Then they are removed; a retry starts afresh.",
     )
     log_json: bool | None = Field(
         default=None, description="Log lines as JSON; default: unless standard error is a terminal."

@@ -37,7 +37,7 @@ class AtomicFile:
     def __init__(self, target: Path) -> None:
         self._target = target
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(target.parent)
+        remove_orphans(target.parent)
         self._path, self.fd = _create_locked(target.parent)
 
     def write(self, data: memoryview) -> None:
@@ -87,18 +87,30 @@ def _create_locked(folder: Path) -> tuple[Path, int]:
     raise FileNotFoundError(2, "the folder keeps disappearing", str(folder))
 
 
-def _remove_orphans(folder: Path) -> None:
-    """Remove unfinished files whose writers are gone."""
+def remove_orphans(
+    folder: Path, *, since: float = float("-inf"), until: float = float("inf")
+) -> int:
+    """Remove unfinished files whose writers are gone; returns how many.
+
+    Args:
+        folder: Where they are.
+        since: Only those that were last written to after this (seconds since 1970).
+        until: And before this.
+    """
     with os.scandir(folder) as entries:
         paths = [entry.path for entry in entries if is_temporary(entry.name)]
+    removed = 0
     for path in paths:
         with contextlib.suppress(OSError):  # locked, or published or removed meanwhile
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                Path(path).unlink()
+                if since <= os.fstat(fd).st_mtime <= until:
+                    Path(path).unlink()
+                    removed += 1
             finally:
                 os.close(fd)
+    return removed
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -7,7 +7,9 @@ only :class:`merging.errors.StorageError`. Implementations are safe to call from
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -97,3 +99,18 @@ class Storage(Protocol):
 
     def delete(self, uri: str) -> None:
         """Remove an object; nothing happens if it is not there."""
+
+    def discard_unfinished(
+        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+    ) -> int:
+        """Drop streamed writes to objects of a folder whose writers are gone for good.
+
+        Args:
+            folder: Where the objects were to be; what is in folders below it is left alone.
+            names: Of the objects.
+            since: Writes that began earlier are left alone, as somebody else's.
+            until: Likewise those that began, or went on, later.
+
+        Returns:
+            How many there were.
+        """

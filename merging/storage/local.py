@@ -11,7 +11,8 @@ import contextlib
 import errno
 import os
 import stat as stat_flags
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,7 @@ from urllib.parse import unquote
 from merging.errors import StorageError
 from merging.storage import faults
 from merging.storage.address import after_scheme, bad_uri
-from merging.storage.atomic_file import AtomicFile, is_temporary
+from merging.storage.atomic_file import AtomicFile, is_temporary, remove_orphans
 from merging.storage.base import ObjectStat, Writer
 from merging.storage.local_errors import worded
 
@@ -129,6 +130,22 @@ class LocalStorage:
                 if _WORKSPACE not in folder.parts:
                     break
                 folder.rmdir()
+
+    def discard_unfinished(
+        self,
+        folder: str,
+        names: Collection[str],  # noqa: ARG002 - a hidden file does not say what it was to be
+        *,
+        since: datetime,
+        until: datetime,
+    ) -> int:
+        """See :meth:`Storage.discard_unfinished`; no other program makes files of these names."""
+        path = Path(self.normalise(folder))
+        with worded(str(path), "delete"):
+            try:
+                return remove_orphans(path, since=since.timestamp(), until=until.timestamp())
+            except (FileNotFoundError, NotADirectoryError):
+                return 0
 
 
 class LocalWriter:

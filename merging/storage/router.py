@@ -5,7 +5,8 @@ To add a backend, write its file beside this one and name it in ``_BACKENDS``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Protocol
 
 from merging.storage import faults
@@ -106,6 +107,13 @@ class Router:
         """See :meth:`Storage.delete`."""
         backend, uri = self._route(uri)
         backend.delete(uri)
+
+    def discard_unfinished(
+        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+    ) -> int:
+        """See :meth:`Storage.discard_unfinished`."""
+        backend, folder = self._route(folder)
+        return backend.discard_unfinished(folder, names, since=since, until=until)
 
     def _route(self, uri: str) -> tuple[Backend, str]:
         """The backend for an allowed address, and the address in its canonical form."""

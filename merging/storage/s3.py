@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 from merging.errors import StorageError
@@ -17,7 +19,7 @@ from merging.storage.base import ObjectStat, Writer
 from merging.storage.retry import RetryPolicy
 from merging.storage.s3_connection import WRITER_MARK, Location, S3Connection, etag_of
 from merging.storage.s3_errors import worded
-from merging.storage.s3_writer import MultipartUpload, S3Writer
+from merging.storage.s3_writer import MultipartUpload, S3Writer, abort_upload
 
 _SLICE_BYTES = 1 << 20  # the SDK buffers what one call asks for, so ask for little at a time
 _COPY_LIMIT_BYTES = 5 * 10**9  # a single CopyObject takes at most 5 GB
@@ -63,7 +65,7 @@ class S3Storage:
         parameters = {"Bucket": folder.bucket, "Prefix": f"{folder.key}/" if folder.key else ""}
         found: list[ObjectStat] = []
         while True:
-            answer = self._list_page(folder.uri, parameters)
+            answer = self._send("list_objects_v2", folder.uri, parameters)
             for entry in answer.get("Contents", ()):
                 with contextlib.suppress(StorageError):
                     at = Location.parse(f"s3://{folder.bucket}/{entry['Key']}")
@@ -163,6 +165,31 @@ class S3Storage:
             if error.code != "not_found":
                 raise
 
+    def discard_unfinished(
+        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+    ) -> int:
+        """See :meth:`Storage.discard_unfinished`: aborts multipart uploads."""
+        at = Location.parse(folder)
+        found = [
+            (Location.parse(f"s3://{at.bucket}/{upload['Key']}"), upload["UploadId"])
+            for upload in self._unfinished_uploads(at)
+            if upload["Key"].removeprefix(f"{at.key}/") in names
+            and since <= upload["Initiated"] <= until
+        ]
+        for key, upload_id in found:
+            abort_upload(self._connection, key, upload_id)
+        return len(found)
+
+    def _unfinished_uploads(self, folder: Location) -> Iterator[Any]:
+        parameters = {"Bucket": folder.bucket, "Prefix": f"{folder.key}/" if folder.key else ""}
+        while True:
+            answer = self._send("list_multipart_uploads", folder.uri, parameters)
+            yield from answer.get("Uploads", ())
+            if not answer.get("IsTruncated"):
+                return
+            parameters["KeyMarker"] = answer["NextKeyMarker"]
+            parameters["UploadIdMarker"] = answer["NextUploadIdMarker"]
+
     def _get_range(self, at: Location, start: int, length: int, version: str) -> Any:
         """Ask for a range of one version; the answer is checked to be just that."""
         answer = self._connection.send(
@@ -186,10 +213,12 @@ class S3Storage:
             raise
         return answer
 
-    def _list_page(self, uri: str, parameters: dict[str, str]) -> Any:
+    def _send(self, operation: str, uri: str, parameters: dict[str, str]) -> Any:
+        """Ask about a bucket; tried again as the policy says."""
+
         def attempt() -> Any:
             with worded(uri):
-                return self._connection.send("list_objects_v2", **parameters)
+                return self._connection.send(operation, **parameters)
 
         return self._connection.retry.run(attempt)
 

@@ -74,11 +74,7 @@ class MultipartUpload:
 
     def abort(self) -> None:
         """Drop all parts; nothing happens if the upload is not there any more."""
-        try:
-            self._call("abort_multipart_upload")
-        except StorageError as error:
-            if not _upload_is_gone(error):
-                raise
+        abort_upload(self._connection, self._at, self._id)
 
     def _call(
         self,
@@ -90,6 +86,15 @@ class MultipartUpload:
         return self._connection.call(
             operation, self._at, on_conflict=on_conflict, UploadId=self._id, **parameters
         )
+
+
+def abort_upload(connection: S3Connection, at: Location, upload_id: str) -> None:
+    """Drop all parts of an upload; nothing happens if it is not there any more."""
+    try:
+        connection.call("abort_multipart_upload", at, UploadId=upload_id)
+    except StorageError as error:
+        if not _upload_is_gone(error):
+            raise
 
 
 class _PartThreads:

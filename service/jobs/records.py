@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from merging.plan.plan import Kind
+from merging.plan.plan import Kind, Plan
 from service.jobs.states import TERMINAL, JobState, ShardState
 
 CancelMode = Literal["orderly", "now"]
@@ -257,6 +257,19 @@ class Claim(msgspec.Struct, frozen=True):
     def job_id(self) -> str:
         """Whose claim it is."""
         return self.job.id
+
+
+class Leftover(msgspec.Struct, frozen=True):
+    """An attempt that ended without a result, and may have left files at its output.
+
+    ``began_at`` and ``ended_at`` are when it was queued and when it ended.
+    """
+
+    job_id: str
+    attempt: int
+    plan: Plan
+    began_at: datetime
+    ended_at: datetime
 
 
 class IdempotencyRequest(msgspec.Struct, frozen=True):

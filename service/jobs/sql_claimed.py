@@ -21,6 +21,7 @@ from service.jobs.records import (
 )
 from service.jobs.rows import pack, pack_json, to_json, to_record
 from service.jobs.sql_base import SqlBase
+from service.jobs.sql_leftovers import is_being_collected, keep_leftover
 from service.jobs.states import TERMINAL, JobState, ShardState, is_allowed
 from service.jobs.tables import ACTIVE, UtcDateTime, documents, jobs, shards
 
@@ -118,8 +119,8 @@ class ClaimedStatements(SqlBase):
                 "takeovers": 0,
             }
             changes = [state_changed(job, state)]
+            now = self._now(connection)
             if state in TERMINAL:
-                now = self._now(connection)
                 values |= {
                     "finished_at": now,
                     "estimated_finish_at": None,
@@ -135,6 +136,8 @@ class ClaimedStatements(SqlBase):
             job = self._change(connection, job.id, values, changes, claim=claim)
             if job.is_terminal:
                 _stop_shards(connection, job.id)
+                if job.output is None:
+                    keep_leftover(connection, job, now)
             if report is not None:
                 _keep_document(connection, job.id, "report", pack_json(report))
             return job
@@ -270,6 +273,7 @@ def _claimable(now: datetime) -> sa.Select[Any]:
             jobs.c.state.not_in([str(state) for state in TERMINAL]),
             sa.or_(jobs.c.lease_expires_at.is_(None), jobs.c.lease_expires_at <= now),
             ~output_in_use,
+            ~is_being_collected(now),
         )
         .order_by(
             sa.case((jobs.c.state == str(JobState.QUEUED), 1), else_=0),

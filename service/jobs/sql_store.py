@@ -12,6 +12,7 @@ from service.jobs.errors import StoreUnavailableError
 from service.jobs.migrate import is_current, upgrade
 from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
+from service.jobs.sql_leftovers import LeftoverStatements
 from service.jobs.sql_plans import PlanStatements
 from service.jobs.sql_queue import QueueStatements
 from service.jobs.sql_read import ReadStatements
@@ -24,6 +25,7 @@ class SqlJobStore(
     QueueStatements,
     PlanStatements,
     ClaimedStatements,
+    LeftoverStatements,
     TokenStatements,
     SessionStatements,
 ):

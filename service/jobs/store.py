@@ -27,6 +27,7 @@ from service.jobs.records import (
     JobCursor,
     JobFilter,
     JobRecord,
+    Leftover,
     NewJob,
     NewPlan,
     PlanRecord,
@@ -265,7 +266,27 @@ class ClaimedJobs(Protocol):
         """Append an event that changes nothing else (``job.warning``)."""
 
 
-class JobStore(JobQueue, PlanStore, ClaimedJobs, TokenStore, SessionStore, Protocol):
+class Leftovers(Protocol):
+    """What attempts that failed or were cancelled may have left at their outputs.
+
+    Noted in the transaction in which such an attempt ends, and kept when the job is forgotten.
+    """
+
+    def take_leftover(
+        self, kept_seconds: float, lease_seconds: float, *, after: Leftover | None = None
+    ) -> Leftover | None:
+        """Take the next one (``after`` another) that may be removed, alone, for so long; or None.
+
+        Not before it is ``kept_seconds`` old, nor while a job with the same output has not ended,
+        nor while a younger one of that output must be kept. Until it is given back, or the lease
+        ends, no job with that output is claimed.
+        """
+
+    def end_collection(self, leftover: Leftover, *, is_gone: bool) -> None:
+        """Give one back; if it ``is_gone``, for good."""
+
+
+class JobStore(JobQueue, PlanStore, ClaimedJobs, Leftovers, TokenStore, SessionStore, Protocol):
     """Everything that the service keeps."""
 
     def ping(self) -> None:

@@ -186,6 +186,21 @@ plans = sa.Table(
     sa.Column("summary", _json, nullable=False),
 )
 
+# What an attempt that failed or was cancelled may have left at its output, until that is removed.
+# No reference to the job: it may be forgotten first.
+leftovers = sa.Table(
+    "leftovers",
+    metadata,
+    sa.Column("job_id", sa.String(64), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("output_uri", sa.Text, nullable=False, index=True),
+    sa.Column("plan", sa.LargeBinary, nullable=False),  # as in job_documents
+    sa.Column("began_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime, nullable=False, index=True),
+    # Until then somebody removes it, and no job with the same output may be claimed.
+    sa.Column("collecting_until", UtcDateTime),
+)
+
 idempotency_keys = sa.Table(
     "idempotency_keys",
     metadata,

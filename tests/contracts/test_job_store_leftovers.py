@@ -1,0 +1,149 @@
+"""What attempts leave behind: noted when they end, given out for removal when nobody wants it."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.jobs.records import Claim, JobRecord
+from service.jobs.sql_store import SqlJobStore
+from service.jobs.states import JobState
+from tests.contracts.test_job_store_concurrency import at_once
+from tests.support.fake_clock import FakeClock
+from tests.support.jobs import ERROR, OUTPUT, new_job, tiny_plan
+
+KEPT = 1000.0
+LEASE = 60.0
+URI = "/outputs/shared"
+
+
+def begin(store: SqlJobStore, output_uri: str = URI) -> tuple[JobRecord, Claim]:
+    """A job that has a plan."""
+    job, _ = store.submit(new_job(output_uri=output_uri))
+    claim = store.claim("runner-1", 3600)
+    assert claim is not None
+    assert claim.job_id == job.id
+    return store.save_plan(claim, tiny_plan(output_uri)), claim
+
+
+def fail(store: SqlJobStore, output_uri: str = URI) -> JobRecord:
+    """A job that failed after it was planned."""
+    _, claim = begin(store, output_uri)
+    return store.transition(claim, JobState.FAILED, error=ERROR)
+
+
+def test_what_a_failed_job_left_is_given_out_once_it_has_been_kept_long_enough(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    job, claim = begin(store)
+    clock.advance(50)
+    store.transition(claim, JobState.FAILED, error=ERROR)
+    ended_at = clock()
+    clock.advance(KEPT - 1)
+    assert store.take_leftover(KEPT, LEASE) is None
+    clock.advance(1)
+    found = store.take_leftover(KEPT, LEASE)
+    assert found is not None
+    assert (found.job_id, found.attempt) == (job.id, 1)
+    assert (found.began_at, found.ended_at) == (job.queued_at, ended_at)
+    assert found.plan == tiny_plan(URI)
+    store.end_collection(found, is_gone=True)
+    clock.advance(10 * KEPT)
+    assert store.take_leftover(KEPT, LEASE) is None
+
+
+def test_cancelled_and_forgotten_jobs_are_no_exception(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    job, claim = begin(store)
+    store.request_cancel(job.id)
+    store.transition(claim, JobState.CANCELLED)
+    store.delete(job.id)
+    clock.advance(KEPT)
+    found = store.take_leftover(KEPT, LEASE)
+    assert found is not None
+    assert found.job_id == job.id
+
+
+def test_jobs_that_succeeded_or_were_never_planned_leave_nothing(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    _, claim = begin(store)
+    for state in (JobState.RUNNING, JobState.PUBLISHING):
+        store.transition(claim, state)
+    store.transition(claim, JobState.SUCCEEDED, output=OUTPUT)
+    store.submit(new_job())
+    unplanned = store.claim("runner-1", 60)
+    assert unplanned is not None
+    store.transition(unplanned, JobState.FAILED, error=ERROR)
+    clock.advance(KEPT)
+    assert store.take_leftover(KEPT, LEASE) is None
+
+
+@pytest.mark.parametrize("how", ["queued", "running", "retried", "younger"])
+def test_what_another_job_may_go_on_from_is_kept(
+    store: SqlJobStore, clock: FakeClock, how: str
+) -> None:
+    job = fail(store)
+    clock.advance(KEPT)
+    if how == "queued":
+        store.submit(new_job(output_uri=URI))
+    elif how == "running":
+        begin(store)
+    elif how == "retried":
+        store.retry(job.id)
+    else:
+        fail(store)
+    assert store.take_leftover(KEPT, LEASE) is None
+
+
+def test_no_job_is_claimed_while_its_output_is_cleared(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    job = fail(store)
+    clock.advance(KEPT)
+    found = store.take_leftover(KEPT, LEASE)
+    assert found is not None
+    store.retry(job.id)
+    other, _ = store.submit(new_job())
+    claim = store.claim("runner-1", 60)
+    assert claim is not None
+    assert claim.job_id == other.id
+    assert store.claim("runner-1", 60) is None
+    store.end_collection(found, is_gone=True)
+    claim = store.claim("runner-1", 60)
+    assert claim is not None
+    assert claim.job_id == job.id
+
+
+def test_what_could_not_be_removed_is_given_out_again(store: SqlJobStore, clock: FakeClock) -> None:
+    jobs = sorted((fail(store, f"/outputs/{number}") for number in range(3)), key=lambda j: j.id)
+    clock.advance(KEPT)
+    last, seen = None, []
+    while (last := store.take_leftover(KEPT, LEASE, after=last)) is not None:
+        seen.append(last.job_id)
+        if len(seen) != 2:  # the second collector dies
+            store.end_collection(last, is_gone=len(seen) == 1)
+    assert seen == [job.id for job in jobs]
+    again = store.take_leftover(KEPT, LEASE)
+    assert again is not None
+    assert again.job_id == jobs[2].id
+    clock.advance(LEASE)
+    again = store.take_leftover(KEPT, LEASE)
+    assert again is not None
+    assert again.job_id == jobs[1].id
+
+
+def test_many_collectors_never_remove_the_same(store: SqlJobStore, clock: FakeClock) -> None:
+    expected = {fail(store, f"/outputs/{number}").id for number in range(6)}
+    clock.advance(KEPT)
+
+    def take_all(_: int) -> list[str]:
+        found, last = [], None
+        while (last := store.take_leftover(KEPT, LEASE, after=last)) is not None:
+            found.append(last.job_id)
+        return found
+
+    taken = [job_id for found in at_once(4, take_all) for job_id in found]
+    while (late := store.take_leftover(KEPT, LEASE)) is not None:  # skipped while others held it
+        taken.append(late.job_id)
+    assert sorted(taken) == sorted(expected)
