@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 
 from merging.storage.base import Storage
 from service.api import (
@@ -19,6 +19,7 @@ from service.api import (
     health,
     job_actions,
     jobs,
+    logs,
     methods,
     outcomes,
     plans,
@@ -40,7 +41,22 @@ from service.problems import PROBLEM_JSON
 from service.settings import Settings
 
 _COMPRESS_FROM_BYTES = 1024
-_ROUTERS = (health, methods, recipes, plans, jobs, job_actions, outcomes, events, tokens, sessions)
+_NOT_COMPRESSED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "text/plain")
+"""Logs are followed while they grow; compression would hold them back."""
+
+_ROUTERS = (
+    health,
+    methods,
+    recipes,
+    plans,
+    jobs,
+    job_actions,
+    outcomes,
+    events,
+    logs,
+    tokens,
+    sessions,
+)
 
 
 def utc_now() -> datetime:
@@ -111,7 +127,11 @@ def _middleware(services: Services, version: str) -> list[Middleware]:
             root_path=services.settings.root_path,
             on_request=services.metrics.count_request,
         ),
-        Middleware(GZipMiddleware, minimum_size=_COMPRESS_FROM_BYTES),
+        Middleware(
+            GZipMiddleware,
+            minimum_size=_COMPRESS_FROM_BYTES,
+            exclude_content_types=_NOT_COMPRESSED,
+        ),
         Middleware(Dashboard, root_path=services.settings.root_path),
         Middleware(Authentication, authenticator=authenticator),
         Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),

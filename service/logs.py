@@ -11,6 +11,8 @@ import sys
 import structlog
 from structlog.typing import Processor
 
+from workers.redact import redact_event
+
 
 def configure_logging(*, as_json: bool | None) -> None:
     """Send all log lines to standard error.
@@ -26,11 +28,11 @@ def configure_logging(*, as_json: bool | None) -> None:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderer: list[Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-        if as_json
-        else [_console()]
-    )
+    renderer: list[Processor] = [
+        structlog.processors.format_exc_info,
+        redact_event,
+        structlog.processors.JSONRenderer() if as_json else _console(),
+    ]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "method_not_allowed": (405, "The address does not take this method"),
     "body_too_large": (413, "The request body is too large"),
     "unsupported_media_type": (415, "The content type is not accepted"),
+    "range_not_satisfiable": (416, "There are no such bytes"),
     "invalid_request": (422, "The request is not acceptable"),
     "unknown_field": (422, "The request has an unknown field"),
     # jobs

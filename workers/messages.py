@@ -55,6 +55,16 @@ class ShardStarted(msgspec.Struct, frozen=True, tag=True):
     device: str
 
 
+class ShardLog(msgspec.Struct, frozen=True, tag=True):
+    """Something that a worker has to say to people, without secrets; a few kilobytes at most."""
+
+    job_id: str
+    shard_index: int
+    attempt: int
+    worker: str
+    text: str
+
+
 class ShardDone(msgspec.Struct, frozen=True, tag=True):
     """A shard is published."""
 
@@ -73,4 +83,4 @@ class ShardFailed(msgspec.Struct, frozen=True, tag=True):
     error: dict[str, object]
 
 
-PoolEvent = ShardStarted | ShardProgress | ShardDone | ShardFailed
+PoolEvent = ShardStarted | ShardProgress | ShardLog | ShardDone | ShardFailed

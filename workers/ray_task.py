@@ -13,6 +13,7 @@ import structlog
 
 from merging.errors import WorkerError
 from workers.messages import PoolEvent, ShardTask
+from workers.redact import redact_event
 from workers.shard_task import finish_task
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -73,6 +74,7 @@ def _log_to_stderr() -> None:
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            redact_event,
             structlog.processors.JSONRenderer(),
         ],
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),

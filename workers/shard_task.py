@@ -10,6 +10,7 @@ import os
 import pkgutil
 import platform
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +25,18 @@ from workers.messages import (
     PoolEvent,
     ShardDone,
     ShardFailed,
+    ShardLog,
     ShardProgress,
     ShardStarted,
     ShardTask,
 )
+from workers.redact import redact
 
 ENGINE = "workers.measured:run_shard"
 """Dotted path of the function that produces a shard; resolved in the worker."""
 
 _SECONDS_BETWEEN_PROGRESS = 0.2
+_LONGEST_TRACE = 8000
 
 
 def run_task(
@@ -51,8 +55,7 @@ def run_task(
         engine: Dotted path of the engine's function.
 
     Raises:
-        MergeError: Always one of our own; ``internal`` for what nobody foresaw, whose trace is
-            in the worker's log.
+        MergeError: Always one of our own; ``internal`` for what nobody foresaw.
     """
     progress = _Progress(task, emit)
     try:
@@ -96,6 +99,8 @@ def finish_task(
             duration_seconds=round(time.monotonic() - begin, 3),
             exc_info=error.__cause__ if error.code == MergeError.default_code else None,
         )
+        if error.code == MergeError.default_code:
+            emit(ShardLog(*_identity(task), worker=_worker(), text=_trace(error)))
         return ShardFailed(*_identity(task), error=error.to_dict())
     log.info(
         "shard_done",
@@ -178,9 +183,15 @@ def _unexpected(error: Exception, task: ShardTask, tensor_name: str | None) -> M
         )
     return MergeError(
         f"An unexpected {type(error).__name__} stopped {where}; this is a defect of Mergeyard."
-        f" The log of worker {_worker()} has the trace.",
+        " The job's log has the trace.",
         context=context,
     )
+
+
+def _trace(error: MergeError) -> str:
+    """Where it happened; the end of it if it is long."""
+    cause = error.__cause__ or error
+    return redact("".join(traceback.format_exception(cause)))[-_LONGEST_TRACE:]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

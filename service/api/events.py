@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated
 from urllib.parse import urlencode
 
@@ -12,19 +13,15 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from service.api.deps import JobId, Services, ServicesDep, guarded
+from service.api.following import follow_events
 from service.api.objects import EventObject, Page
 from service.api.views import event_object
 from service.auth import Scope
 from service.jobs.errors import StoreUnavailableError
-from service.jobs.records import EventType
 from service.problems import RequestError
 
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
 
-HEARTBEAT_SECONDS = 15.0
-"""Silence after which a comment is sent, so that proxies keep the connection."""
-
-_STREAM_PAGE = 500
 _RETRY_MILLISECONDS = (1500, 2500)
 """Clients reconnect after a time between these, so that a restart does not meet all at once."""
 
@@ -90,30 +87,15 @@ async def _page(services: Services, job_id: str, after: int, limit: int) -> Page
 
 
 async def _stream(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Watch first, then read the table from ``after`` on, again whenever there is news.
-
-    Every event comes from the table, so none can fall between what is old and what is live.
-    """
-    position, is_finished = after, False
     retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - spreads load, protects nothing
     yield format_sse_event(retry=retry)
-    async with services.feed.watch(job_id) as watch:
-        while True:
-            try:
-                page = await run_in_threadpool(
-                    services.store.events, job_id, after=position, limit=_STREAM_PAGE
-                )
-            except StoreUnavailableError:  # too late for a problem; the client resumes
-                yield format_sse_event(comment="the job store does not answer")
-                return
-            for event in page:
+    try:
+        async with aclosing(follow_events(services, job_id, after)) as events:
+            async for event in events:
+                if event is None:  # so that proxies keep the connection
+                    yield format_sse_event(comment="still here")
+                    continue
                 data = event_object(event).model_dump_json()
                 yield format_sse_event(data_str=data, event=event.type, id=str(event.seq))
-                position = event.seq
-                is_finished = event.type == EventType.JOB_FINISHED
-            if page:
-                continue
-            if is_finished or watch.is_over:
-                return
-            if not await watch.wait(position, HEARTBEAT_SECONDS):
-                yield format_sse_event(comment="still here")
+    except StoreUnavailableError:  # too late for a problem; the client resumes
+        yield format_sse_event(comment="the job store does not answer")

@@ -26,6 +26,7 @@ class EventType(StrEnum):
     JOB_PHASE_CHANGED = "job.phase_changed"
     JOB_PROGRESS = "job.progress"
     JOB_WARNING = "job.warning"
+    JOB_LOGGED = "job.logged"
     JOB_OUTPUT_COMMITTED = "job.output_committed"
     JOB_FINISHED = "job.finished"
     SHARD_STARTED = "shard.started"

@@ -12,6 +12,7 @@ import structlog
 from merging.errors import MergeError, error_from_dict
 from merging.plan.plan import Plan, file_uri
 from merging.receipts import Receipt
+from service.jobs.records import EventType
 from service.jobs.states import ShardState
 from service.runner.board import ShardBoard
 from service.runner.claim import Lease
@@ -20,6 +21,7 @@ from workers.messages import (
     PoolEvent,
     ShardDone,
     ShardFailed,
+    ShardLog,
     ShardProgress,
     ShardStarted,
     ShardTask,
@@ -66,7 +68,7 @@ class ShardDesk:
         self._lease = lease
         self._context = context
         self.has_started = False
-        self._inbox: deque[ShardStarted | ShardDone | ShardFailed] = deque()
+        self._inbox: deque[ShardStarted | ShardLog | ShardDone | ShardFailed] = deque()
         self._failures: Counter[tuple[int, str]] = Counter()
         self._sampled_at = float("-inf")
         self._told_at = float("-inf")
@@ -126,6 +128,8 @@ class ShardDesk:
                 self.board.finish(event.shard_index, event.receipt)
             elif isinstance(event, ShardStarted):
                 self._record_start(event)
+            elif isinstance(event, ShardLog):
+                self._record_words(event)
             elif is_ending:
                 self.board.fail(event.shard_index, None)
             else:
@@ -151,6 +155,15 @@ class ShardDesk:
             device=event.device,
         )
         self.has_started = True
+
+    def _record_words(self, event: ShardLog) -> None:
+        words = {
+            "shard_index": event.shard_index,
+            "attempt": event.attempt,
+            "worker": event.worker,
+            "text": event.text,
+        }
+        self._context.store.append_event(self._lease.claim, EventType.JOB_LOGGED, words)
 
     def _deal_with_failure(self, event: ShardFailed) -> MergeError | None:
         """Try a shard again if that may help; else give the error that the job fails with."""

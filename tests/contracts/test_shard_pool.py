@@ -198,7 +198,8 @@ def test_a_defect_names_the_tensor_and_shows_neither_trace_nor_message(
     pool: ShardPool, tmp_path: Path
 ) -> None:
     pool.submit(make_task("defect", output=tmp_path, fail="defect"))
-    error = fail(pool).error
+    events = finish(pool)
+    error = events[-1].error
     assert error["code"] == "internal"
     assert error["retryable"] is False
     assert error["context"]["tensor_name"] == "layer.1"  # type: ignore[index]

@@ -179,7 +179,7 @@ def test_a_stream_ends_when_its_job_is_forgotten(api: LiveApi) -> None:
 def test_a_silent_stream_is_kept_open_by_comments(
     api: LiveApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.api.events.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("service.api.following.HEARTBEAT_SECONDS", 0.01)
     job = api.submit("silent")
     with stream(api, job["id"]) as response:
         comments = (line for line in response.iter_lines() if line.startswith(":"))
