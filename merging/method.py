@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from merging.ops.layer_method import LayerMethod
 
-Separability = Literal["elementwise", "rows", "whole"]
+Separability = Literal["elementwise", "rows", "whole", "sum"]
 """How a method's tensor may be cut: anywhere with the same bits (``elementwise``); by output rows
-once the in×in matrices over all rows are known (``rows``); not at all (``whole``)."""
+once the in×in matrices over all rows are known (``rows``); not at all (``whole``). The results of
+tiles of a ``sum``, which are whole numbers, are added up."""
 
 
 class Parameters(BaseModel):
@@ -224,6 +225,8 @@ class Task:
         transposed: The tensor is stored in×out (GPT-2's Conv1D); methods with a right side
             transpose it first.
         figures: The function puts what the report should say here (JSON-able numbers and strings).
+        given: Results of the method's reductions (:class:`Staged`), flat, on the device.
+        memory: What tiles of one tensor, which come in order, tell one another.
     """
 
     tensor_name: str
@@ -234,6 +237,8 @@ class Task:
     row_block: int = 0
     transposed: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
+    given: Sequence[torch.Tensor] = ()
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task], "torch.Tensor"]
@@ -247,23 +252,100 @@ Returns a new float32 tensor (float64 if an input is float64) of the same shape,
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeMethod:
+class Step:
+    """A function over tensors, with what planning and execution must know of it.
+
+    Attributes:
+        merge: The function.
+        cost: Flops and workspace of one problem.
+        separable: How its tensors may be cut.
+        streaming: Whether experts are consumed one at a time (see :data:`MergeFunction`).
+        flat: Inputs are handed over flat, whatever their lengths.
+    """
+
+    merge: MergeFunction
+    cost: Callable[[Geometry, Any], Cost]
+    separable: Separability = "elementwise"
+    streaming: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """A pass over a model that finds what merging any of its tensors depends on.
+
+    Attributes:
+        name: Of its intermediate files.
+        map: What is found of one tensor: a flat result, from what the method gets.
+        entries: Of that result.
+        part: Those of them that are combined; all by default.
+        dtype: safetensors type of the result; None is float32, or float64 if an input is.
+        combine: Of the parts of all tensors, in the model's order, as experts.
+        combined_entries: Of its result, given the number of experts.
+        combined_dtype: Type of that.
+    """
+
+    name: str
+    map: Step
+    entries: Callable[[Geometry], int]
+    part: Callable[[Geometry], slice] = lambda _: slice(None)
+    dtype: str | None = None
+    combine: Step
+    combined_entries: Callable[[int], int]
+    combined_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """How a method merges a tensor with the help of others, or one that is too large at once.
+
+    Every reduction reads the inputs again; its map gets the combined results of those before it as
+    ``task.given``, and ``finish`` those of all.
+
+    Attributes:
+        reductions: In this order.
+        finish: Merges a tensor, from what the method gets.
+        group: From recipe-level and expert parameters, tensors of which settings are reduced
+            together; None for a tensor by itself, which is staged only if the method's own function
+            needs more memory than there is.
+        keeps_map: ``finish`` gets, in place of the experts, as many entries of the last map's
+            result as the tensor has; the others come last in ``task.given``.
+    """
+
+    reductions: tuple[Reduction, ...]
+    finish: Step
+    group: Callable[[Any, Sequence[Any]], Any]
+    keeps_map: bool = False
+
+    def steps(self) -> dict[str, Step]:
+        """Every step by the name that plans have for it."""
+        steps = {FINISH: self.finish}
+        for reduction in self.reductions:
+            steps[reduction.name] = reduction.map
+            steps[reduction.name + COMBINED] = reduction.combine
+        return steps
+
+
+FINISH = "finish"
+COMBINED = ".combined"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod(Step):
     """The declaration of a merge method. Schema, docs, ``/v1/methods`` and help come from it.
+
+    What a :class:`Step` has is that of the function that merges a tensor by itself, in one go.
 
     Attributes:
         name: As in recipes; equals the module's name.
         title: Name in the literature.
         summary: One or two sentences for someone choosing a method.
         source: Paper, venue, year, arXiv number, equation.
-        merge: The function.
-        cost: Flops and workspace of one problem.
         parameters: Model of the recipe-level parameters.
         expert_parameters: Model of the parameters that may differ from expert to expert.
         needs_base: Whether a base model is required.
         min_experts: Fewest experts accepted.
         max_experts: Most experts accepted; None for no limit.
-        separable: How its tensors may be cut.
-        streaming: Whether experts are consumed one at a time (see :data:`MergeFunction`).
         default_touch: Which tensors it merges unless the recipe says otherwise: ``all`` float
             tensors, or ``linear`` (2-D weights of linear layers; no embeddings, head, norms).
         default_rest: What other float tensors become: ``base`` values or the experts' ``mean``.
@@ -271,26 +353,31 @@ class MergeMethod:
         recommended: Marked as the one to start with.
         layer: How it solves layers, if that is what it does: variants of one merge then share what
             they can.
+        staged: How it merges in several passes, if it ever does.
     """
 
     name: str
     title: str
     summary: str
     source: str
-    merge: MergeFunction
-    cost: Callable[[Geometry, Any], Cost]
     parameters: type[Parameters] = NoParameters
     expert_parameters: type[Parameters] = NoParameters
     needs_base: bool = True
     min_experts: int = 1
     max_experts: int | None = None
-    separable: Separability = "elementwise"
-    streaming: bool = False
     default_touch: str = "all"
     default_rest: Literal["base", "mean"] = "base"
     symmetric: bool = True
     recommended: bool = False
     layer: LayerMethod | None = None
+    staged: Staged | None = None
+
+    def step(self, name: str) -> Step:
+        """A step by the name that plans have for it; the method itself has none."""
+        if not name:
+            return self
+        assert self.staged is not None
+        return self.staged.steps()[name]
 
     def describe(self) -> dict[str, Any]:
         """The method as a JSON object, with JSON Schema of its parameters."""

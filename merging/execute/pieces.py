@@ -8,25 +8,26 @@ alone; the bytes of the result do not depend on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merging.dtypes import ITEM_SIZE
-from merging.method import get_method
+from merging.method import Step, get_method
 from merging.plan.cost import group_limit, tile_entries
 from merging.plan.plan import COPY, Problem, ShardWork, Source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Entries ``[start, end)`` of one problem; the whole tensor unless its method is elementwise.
+    """Entries ``[start, end)`` of one problem's inputs: all of them unless they may be cut.
 
     Attributes:
         problem: What to produce.
         number: Position of the problem in the shard.
         start: First entry.
         end: Entry after the last.
-        streaming: The method takes experts one at a time and forgets them.
+        step: What is done with it; None for a copy.
         sources: Byte ranges of these entries: base first (if there is one), then experts in order.
     """
 
@@ -34,13 +35,23 @@ class Piece:
     number: int
     start: int
     end: int
-    streaming: bool
+    step: Step | None
     sources: tuple[Source, ...]
+
+    @property
+    def streaming(self) -> bool:
+        """The method takes experts one at a time and forgets them."""
+        return self.step is not None and self.step.streaming
+
+    @property
+    def is_summand(self) -> bool:
+        """Its result is added to those of the problem's other pieces."""
+        return self.step is not None and self.step.separable == "sum"
 
     @property
     def is_last(self) -> bool:
         """Whether the problem is complete with this piece."""
-        return self.end == self.problem.num_entries
+        return self.end == math.prod(self.problem.input_shape)
 
     @property
     def bytes_read(self) -> int:
@@ -50,7 +61,11 @@ class Piece:
     @property
     def output_bytes(self) -> int:
         """Bytes of the result."""
-        return (self.end - self.start) * ITEM_SIZE[self.problem.dtype]
+        whole = self.start == 0 and self.is_last
+        entries = self.problem.num_entries
+        if not (whole or self.is_summand):
+            entries = self.end - self.start
+        return entries * ITEM_SIZE[self.problem.dtype]
 
     @property
     def workspace_bytes(self) -> int:
@@ -77,22 +92,17 @@ class Group:
 def cut_problems(work: ShardWork) -> Iterator[Piece]:
     """All pieces of a shard, in the order of the output file."""
     for number, problem in enumerate(work.shard.problems):
-        method_name = work.settings[problem.setting].method
-        method = None if method_name == COPY else get_method(method_name)
-        entries = problem.num_entries
-        step = max(entries, 1)
-        if method is None or method.separable == "elementwise":
-            step = tile_entries(entries, problem.bytes_read, work.memory_budget)
-        for start in range(0, max(entries, 1), step):
-            end = min(start + step, entries)
-            yield Piece(
-                problem,
-                number,
-                start,
-                end,
-                streaming=method is not None and method.streaming,
-                sources=tuple(_entries(source, start, end) for source in problem.sources),
-            )
+        setting = work.settings[problem.setting]
+        step = None if setting.method == COPY else get_method(setting.method).step(setting.step)
+        entries = math.prod(problem.input_shape)
+        if step is not None and step.separable in ("rows", "whole"):
+            yield Piece(problem, number, 0, entries, step, problem.sources)
+            continue
+        tile = tile_entries(entries, problem.bytes_read, work.memory_budget)
+        for start in range(0, max(entries, 1), tile):
+            end = min(start + tile, entries)
+            sources = tuple(_entries(source, start, end) for source in problem.sources)
+            yield Piece(problem, number, start, end, step, sources)
 
 
 def _entries(source: Source, start: int, end: int) -> Source:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.errors import Cancelled, PlanError
 from merging.execute.fetch import Fetcher, Unit
+from merging.execute.given import Given, read_given
 from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
 from merging.execute.output import ShardFile
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
@@ -142,7 +143,9 @@ class _ShardRun:
         self._cancelled = cancelled
         self._rates = rates
         self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
+        self._given = Given()
         self._solver = Solver(work, device)
+        self._sum: torch.Tensor | None = None
         self._budget = MemoryBudget(work.memory_budget)
         self._clock = _Clock()
         self._figures: list[dict[str, Any]] = [{} for _ in work.shard.problems]
@@ -156,6 +159,8 @@ class _ShardRun:
     def run(self) -> Receipt:
         work = self._work
         begin = time.perf_counter()
+        self._given = self._clock.run("fetch", functools.partial(read_given, work, self._storage))
+        self._solver.given = self._given.tensors
         with (
             self._storage.open_writer(work.file_uri, work.shard.size) as writer,
             ShardFile(writer, self._budget) as file,
@@ -172,8 +177,8 @@ class _ShardRun:
                 size=stat.size,
                 sha256=sha256,
                 version=stat.version,
-                bytes_read=fetcher.bytes_read,
-                read_requests=fetcher.requests,
+                bytes_read=self._given.bytes_read + fetcher.bytes_read,
+                read_requests=self._given.requests + fetcher.requests,
                 peak_buffer_bytes=self._budget.peak,
                 seconds=self._clock.seconds | {"total": time.perf_counter() - begin},
                 device=_device_name(self._device),
@@ -219,12 +224,22 @@ class _ShardRun:
             self._budget.take(working)
             result = self._solve(piece, inputs)
             self._budget.release(working)
-            self._clock.run("write", functools.partial(file.write, result))
+            if piece.is_summand:
+                result = self._add_up(piece, result)
+            if piece.is_last or not piece.is_summand:
+                self._clock.run("write", functools.partial(file.write, result))
             if piece.is_last:
                 self._solved = piece.number + 1
             self._report(fetcher, file)
         for unit in list(held):
             release(fetcher.wait(unit))
+
+    def _add_up(self, piece: Piece, result: torch.Tensor) -> torch.Tensor:
+        """The sum of the results of a problem's pieces so far."""
+        if piece.start > 0 and self._sum is not None:
+            result = self._sum.add_(result)
+        self._sum = result
+        return result
 
     def _wait_for_writes(self, file: ShardFile, needed: int) -> None:
         """Let earlier results be written first if they are in the way of solving the next."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merging.dtypes import torch_dtype
 from merging.errors import NumericalError
 from merging.execute.pieces import Piece
-from merging.method import MergeMethod, Task, get_method
-from merging.plan.plan import COPY, Setting, ShardWork
+from merging.method import Step, Task, get_method
+from merging.plan.plan import COPY, Setting, ShardWork, Source
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +21,9 @@ _CHECK_BLOCK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """A setting with its method looked up and its parameters validated."""
+    """A setting with its method's step looked up and its parameters validated."""
 
-    method: MergeMethod | None
+    step: Step | None
     parameters: Any
     expert_parameters: tuple[Any, ...]
 
@@ -33,17 +33,23 @@ def _resolve(setting: Setting) -> _Resolved:
         return _Resolved(None, None, ())
     method = get_method(setting.method)
     return _Resolved(
-        method,
+        method.step(setting.step),
         method.parameters.model_validate(setting.parameters),
         tuple(method.expert_parameters.model_validate(p) for p in setting.expert_parameters),
     )
 
 
 class Solver:
-    """Turns inputs into output tensors on one device."""
+    """Turns inputs into output tensors on one device.
+
+    Attributes:
+        given: What problems are given beside their inputs; to be set before they are solved.
+    """
 
     def __init__(self, work: ShardWork, device: str) -> None:
+        self.given: Mapping[Source, torch.Tensor] = {}
         self._work = work
+        self._memory: dict[str, Any] = {}
         self._device = device
         self._settings = [_resolve(setting) for setting in work.settings]
         self._copies: torch.cuda.Stream | None = None
@@ -72,17 +78,17 @@ class Solver:
         resolved = self._settings[problem.setting]
         merged = (
             next(inputs).clone()
-            if resolved.method is None
-            else self._merge(resolved.method, resolved, piece, inputs, figures)
+            if resolved.step is None
+            else self._merge(resolved.step, resolved, piece, inputs, figures)
         )
         result = merged.reshape(-1).to(torch_dtype(problem.dtype)).cpu()
-        if resolved.method is not None and self._work.check_finite:
+        if resolved.step is not None and self._work.check_finite:
             check_finite(result, f"The merged tensor {problem.tensor_name!r}", "non_finite_output")
         return result
 
     def _merge(
         self,
-        method: MergeMethod,
+        step: Step,
         resolved: _Resolved,
         piece: Piece,
         inputs: Iterator[torch.Tensor],
@@ -90,7 +96,11 @@ class Solver:
     ) -> torch.Tensor:
         problem = piece.problem
         whole = piece.start == 0 and piece.is_last
-        shape = problem.shape if whole else (piece.end - piece.start,)
+        shape = problem.input_shape if whole else (piece.end - piece.start,)
+        if step.flat:
+            shape = (-1,)
+        if piece.start == 0:
+            self._memory = {}
         arriving = self._arrive(piece, inputs, shape)
         base = next(arriving) if problem.base is not None else None
         task = Task(
@@ -102,8 +112,10 @@ class Solver:
             row_block=problem.row_block,
             transposed=problem.transposed,
             figures=figures,
+            given=tuple(self.given[source].to(self._device) for source in problem.given),
+            memory=self._memory,
         )
-        return method.merge(base, arriving, task)
+        return step.merge(base, arriving, task)
 
     def _arrive(
         self, piece: Piece, inputs: Iterator[torch.Tensor], shape: tuple[int, ...]

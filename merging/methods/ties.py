@@ -3,35 +3,44 @@
 Source: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023,
 arXiv:2306.01708, algorithm 1.
 Differences from the source: as in mergekit, the trim takes the largest entries of each *tensor*
-and not of the whole model, so that tensors stay independent; a sum of exactly 0 elects the
-positive sign; experts have weights.
+unless ``scope`` is ``global``; a sum of exactly 0 elects the positive sign; experts have weights.
 
-Needs the base model. Not separable: the trim's threshold depends on the whole tensor.
+Needs the base model. Not separable: the trim's threshold depends on the whole tensor, or model. It
+is found in memory, or by reading the inputs twice before they are merged
+(:mod:`merging.ops.quantiles`).
 Precision: task vectors in float32 (float64 if an input is), one rounding at the end.
-Deterministic: yes; of equal magnitudes at the threshold the lowest flat indices are kept.
+Deterministic: yes; of equal magnitudes at a tensor's threshold the lowest flat indices are kept, at
+a model's all (as in the authors' code).
 Cost: a selection and 12 E N flops for E experts of N entries; E + 5 blocks of scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from merging.method import (
     Cost,
     Geometry,
+    MergeFunction,
     MergeMethod,
+    Reduction,
+    Staged,
+    Step,
     Task,
     TaskVectorParameters,
     WeightParameters,
     register,
 )
+from merging.ops.bins import COARSE_BINS, FINE_BINS, numbers_of
 from merging.ops.blocks import elementwise_workspace, work_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from merging.ops.sparsify import KeepFromThresholds
 
 
 class TiesParameters(TaskVectorParameters):
@@ -44,6 +53,14 @@ class TiesParameters(TaskVectorParameters):
             " disjoint mean); false sums them."
         ),
     )
+    scope: Literal["tensor", "global"] = Field(
+        default="tensor",
+        description=(
+            "Of what 'density' is a share: of each 'tensor', as in mergekit, or of the whole model"
+            " ('global', the paper): one threshold for each expert over all tensors of the same"
+            " density. Reads the models three times."
+        ),
+    )
 
 
 class TiesExpertParameters(WeightParameters):
@@ -54,8 +71,8 @@ class TiesExpertParameters(WeightParameters):
         gt=0,
         le=1,
         description=(
-            "Share of the task vector's entries to keep in each tensor, largest magnitudes first."
-            " The paper keeps 0.2; 1 trims nothing."
+            "Share of the task vector's entries to keep, largest magnitudes first: in each tensor,"
+            " or in the whole model ('scope'). The paper keeps 0.2; 1 trims nothing."
         ),
     )
 
@@ -67,23 +84,89 @@ def merge_ties(
     import torch
 
     from merging.ops.sparsify import KeepLargest
-    from merging.ops.task_vectors import combine_task_vectors
 
     assert base is not None
     tensors = list(experts)
-    densities = [parameters.density for parameters in task.expert_parameters]
     # The result's memory serves the search for the thresholds first: nothing else is as large.
     merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
+    keep = KeepLargest(base, tensors, _densities(task), scratch_N=merged_N)
+    return _merge_trimmed(base, tensors, task, keep, merged_N)
+
+
+def finish_ties(
+    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    """Merge one tensor, or the next tile of one, with thresholds that are known."""
+    import torch
+
+    from merging.ops.quantiles import read_thresholds
+    from merging.ops.sparsify import KeepFromThresholds
+
+    assert base is not None
+    tensors = list(experts)
+    merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
+    if "keep" not in task.memory:
+        task.memory["keep"] = KeepFromThresholds(*read_thresholds(task.given[-1]), merged_N)
+    return _merge_trimmed(base, tensors, task, task.memory["keep"], merged_N)
+
+
+def _merge_trimmed(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    task: Task,
+    keep: KeepFromThresholds,
+    merged_N: torch.Tensor,
+) -> torch.Tensor:
+    from merging.ops.task_vectors import combine_task_vectors
+
     return combine_task_vectors(
         base,
-        tensors,
+        experts,
         [parameters.weight for parameters in task.expert_parameters],
         scale=task.parameters.scale,
         normalize=task.parameters.normalize,
         elect_signs=True,
-        sparsify=KeepLargest(base, tensors, densities, scratch_N=merged_N),
+        sparsify=keep,
         out=merged_N,
     )
+
+
+def _densities(task: Task) -> list[float]:
+    return [parameters.density for parameters in task.expert_parameters]
+
+
+def _count_coarse(
+    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    from merging.ops.quantiles import count_coarse
+
+    assert base is not None
+    return count_coarse(base, experts, _densities(task), is_tile=task.offset > 0)
+
+
+def _count_fine(
+    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    from merging.ops.quantiles import count_fine
+
+    assert base is not None
+    return count_fine(base, experts, task.given[0], is_tile=task.offset > 0)
+
+
+def _choose_coarse(
+    _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    from merging.ops.quantiles import choose_coarse
+
+    return choose_coarse(counts, _densities(task), keeps_ties=task.parameters.scope == "global")
+
+
+def _choose_fine(
+    _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    from merging.ops.quantiles import choose_fine
+
+    return choose_fine(counts, task.given[0], keeps_ties=task.parameters.scope == "global")
 
 
 def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
@@ -96,6 +179,57 @@ def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     )
 
 
+def _finish_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
+    return Cost(
+        flops=14.0 * geometry.num_experts * geometry.num_entries,
+        workspace_bytes=ties_cost(geometry, parameters).workspace_bytes,
+    )
+
+
+def _count_cost(geometry: Geometry, _: TiesParameters) -> Cost:
+    """A histogram takes a few operators per entry; those of all experts are held twice."""
+    num_entries, num_experts = geometry.num_entries, geometry.num_experts
+    return Cost(
+        flops=6.0 * num_experts * num_entries,
+        workspace_bytes=2 * 8 * num_experts * FINE_BINS
+        + elementwise_workspace(num_entries, num_buffers=6),
+    )
+
+
+def _choose_cost(geometry: Geometry, _: TiesParameters) -> Cost:
+    return Cost(
+        flops=float(geometry.num_experts * geometry.num_entries),
+        workspace_bytes=4 * 8 * geometry.num_entries,
+    )
+
+
+def _group(parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Any:
+    """Tensors of the whole model share a threshold where their densities are the same."""
+    densities = [expert.density for expert in experts]
+    return densities if parameters.scope == "global" and min(densities) < 1 else None
+
+
+def _reduction(name: str, bins: int, count: MergeFunction, choose: MergeFunction) -> Reduction:
+    return Reduction(
+        name=name,
+        map=Step(merge=count, cost=_count_cost, separable="sum"),
+        entries=lambda g: g.num_experts * numbers_of(g.num_entries, bins),
+        dtype="I64",
+        combine=Step(merge=choose, cost=_choose_cost, separable="whole", streaming=True, flat=True),
+        combined_entries=lambda num_experts: 2 * num_experts,
+        combined_dtype="I64",
+    )
+
+
+STAGED = Staged(
+    reductions=(
+        _reduction("coarse-counts", COARSE_BINS, _count_coarse, _choose_coarse),
+        _reduction("fine-counts", FINE_BINS, _count_fine, _choose_fine),
+    ),
+    finish=Step(merge=finish_ties, cost=_finish_cost),
+    group=_group,
+)
+
 register(
     MergeMethod(
         name="ties",
@@ -105,11 +239,12 @@ register(
             " the entries that agree with it. For several experts that pull in different"
             " directions."
         ),
-        source="Yadav et al., NeurIPS 2023, arXiv:2306.01708, algorithm 1 (trimmed per tensor)",
+        source="Yadav et al., NeurIPS 2023, arXiv:2306.01708, algorithm 1",
         merge=merge_ties,
         cost=ties_cost,
         parameters=TiesParameters,
         expert_parameters=TiesExpertParameters,
         separable="whole",
+        staged=STAGED,
     )
 )

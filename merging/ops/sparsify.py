@@ -13,7 +13,42 @@ import torch
 from merging.ops.blocks import block_size, blocks_of
 
 
-class KeepLargest:
+class KeepFromThresholds:
+    """Keeps entries above a threshold, and so many of those equal to it, lowest flat index first.
+
+    Args:
+        thresholds: One for each expert; 0 keeps everything.
+        ties: Entries equal to the threshold that are kept, likewise.
+        like: Flat tensor of the work dtype, as long as the longest tile to come.
+    """
+
+    def __init__(
+        self, thresholds: Sequence[float], ties: Sequence[float], like: torch.Tensor
+    ) -> None:
+        self._thresholds = list(thresholds)
+        self._ties_left = list(ties)
+        size = min(block_size(like.device), like.numel())
+        self._scratch = torch.empty((2, size), dtype=like.dtype, device=like.device)
+
+    def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
+        """Zero the entries of a block that are not kept; blocks must come in order."""
+        threshold, ties_left = self._thresholds[expert], self._ties_left[expert]
+        if threshold == 0:
+            return
+        magnitudes, ties = self._scratch[:, : task_vector_N.numel()]
+        torch.abs(task_vector_N, out=magnitudes)
+        if not ties_left:
+            task_vector_N.mul_(magnitudes.gt_(threshold))
+            return
+        num_ties = int(ties.copy_(magnitudes).eq_(threshold).sum())
+        if num_ties > ties_left:
+            surplus = ties.nonzero().view(-1)[int(ties_left) :]
+            task_vector_N[surplus] = 0
+        task_vector_N.mul_(magnitudes.ge_(threshold))
+        self._ties_left[expert] = max(0, ties_left - num_ties)
+
+
+class KeepLargest(KeepFromThresholds):
     """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
 
     Of equal magnitudes at the threshold those with the lowest flat index are kept: bfloat16 task
@@ -33,36 +68,16 @@ class KeepLargest:
         densities: Sequence[float],
         scratch_N: torch.Tensor,
     ) -> None:
-        size = min(block_size(base.device), base.numel())
-        self._scratch = torch.empty((2, size), dtype=scratch_N.dtype, device=base.device)
-        self._thresholds: list[float] = []
-        self._ties_left: list[int] = []
+        super().__init__([], [], scratch_N)
         for expert, density in zip(experts, densities, strict=True):
-            threshold, ties = 0.0, 0
+            threshold, num_ties = 0.0, 0
             if density < 1 and base.numel():
                 num_kept = max(1, int(density * base.numel()))
                 self._write_magnitudes(base, expert, scratch_N)
                 threshold = _kth_largest(scratch_N, num_kept)
-                ties = num_kept - _count_above(scratch_N, threshold)
+                num_ties = num_kept - _count_above(scratch_N, threshold)
             self._thresholds.append(threshold)
-            self._ties_left.append(ties)
-
-    def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
-        """Zero the entries of a block that are not kept; blocks must come in order."""
-        threshold, ties_left = self._thresholds[expert], self._ties_left[expert]
-        if threshold == 0:
-            return
-        magnitudes, ties = self._scratch[:, : task_vector_N.numel()]
-        torch.abs(task_vector_N, out=magnitudes)
-        if not ties_left:
-            task_vector_N.mul_(magnitudes.gt_(threshold))
-            return
-        num_ties = int(ties.copy_(magnitudes).eq_(threshold).sum())
-        if num_ties > ties_left:
-            surplus = ties.nonzero().view(-1)[ties_left:]
-            task_vector_N[surplus] = 0
-        task_vector_N.mul_(magnitudes.ge_(threshold))
-        self._ties_left[expert] = max(0, ties_left - num_ties)
+            self._ties_left.append(num_ties)
 
     def _write_magnitudes(
         self, base: torch.Tensor, expert: torch.Tensor, magnitudes_N: torch.Tensor

@@ -4,7 +4,7 @@ What a worker holds while it works on one problem, from how it works:
 
 - A method that can be cut anywhere, and a copy, runs in *tiles* whose inputs share a quarter of
   the memory budget (64 MiB at the most). Held: one tile of every source, the method's workspace
-  for a tile, and the tile's result in its output type.
+  for a tile, and the tile's result in its output type (the whole result of a sum over tiles).
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
   hold all their inputs. Added: the method's workspace, in which its float32 result is counted, and
   the result in its output type.
@@ -25,9 +25,9 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from merging.method import Geometry, MergeMethod
+from merging.method import Geometry, MergeMethod, Step
 
 TILE_MULTIPLE = 1 << 16
 """Tiles are cut at multiples of this many entries, so that every tile starts aligned."""
@@ -57,6 +57,18 @@ class ProblemCost:
     row_block: int = 0
 
 
+class Needs(Protocol):
+    """What says how much memory a problem takes."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory held at once."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory held at once where the solving is done."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """Bytes that one worker may use for tensors.
@@ -69,7 +81,7 @@ class Budgets:
     host: int
     device: int | None = None
 
-    def hold(self, cost: ProblemCost) -> bool:
+    def hold(self, cost: Needs) -> bool:
         """Whether a problem of this cost fits."""
         fits_device = self.device is None or cost.device_bytes <= self.device
         return cost.host_bytes <= self.host and fits_device
@@ -84,8 +96,9 @@ class Load:
         transposed: It is stored in×out.
         base_bytes: Stored bytes of the base tensor; 0 if there is none.
         expert_bytes: Stored bytes of each expert's tensor.
-        item_size: Bytes of an entry of the output.
+        item_size: Bytes of an entry of the result.
         is_double: An input is float64, so that the method computes in float64.
+        result_entries: Of the result, where it is not of the inputs' shape.
     """
 
     shape: tuple[int, ...]
@@ -94,6 +107,7 @@ class Load:
     expert_bytes: Sequence[int]
     item_size: int
     is_double: bool = False
+    result_entries: int | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -118,13 +132,11 @@ def tile_entries(num_entries: int, bytes_read: int, memory_budget: int) -> int:
     return max(TILE_MULTIPLE, fitting)
 
 
-def problem_cost(
-    method: MergeMethod | None, parameters: Any, load: Load, budgets: Budgets
-) -> ProblemCost:
+def problem_cost(method: Step | None, parameters: Any, load: Load, budgets: Budgets) -> ProblemCost:
     """The cost of one problem, with the largest row block that fits if the whole does not.
 
     Args:
-        method: None for a copy.
+        method: A method, or one of its steps; None for a copy.
         parameters: The method's resolved parameters.
         load: The problem.
         budgets: What a worker may use. If nothing fits, the cost is that of the smallest block.
@@ -142,13 +154,13 @@ def problem_cost(
 
 
 def _cost(
-    method: MergeMethod | None, parameters: Any, load: Load, budgets: Budgets, row_block: int
+    method: Step | None, parameters: Any, load: Load, budgets: Budgets, row_block: int
 ) -> ProblemCost:
     geometry = dataclasses.replace(load.geometry, row_block=row_block)
     flops = method.cost(geometry, parameters).flops if method else 0.0
     entries = geometry.num_entries
     inputs = load.base_bytes + sum(load.expert_bytes)
-    if method is None or method.separable == "elementwise":
+    if method is None or method.separable in ("elementwise", "sum"):
         tile = min(entries, tile_entries(entries, inputs, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry
@@ -159,6 +171,6 @@ def _cost(
     if method is not None:
         workspace = max(method.cost(geometry, parameters).workspace_bytes, entries * _FLOAT32_BYTES)
         workspace *= 2 if load.is_double else 1
-    result = entries * load.item_size
+    result = (entries if load.result_entries is None else load.result_entries) * load.item_size
     on_host = inputs + result + (workspace if budgets.device is None else 0)
     return ProblemCost(flops, on_host, inputs + workspace, row_block)

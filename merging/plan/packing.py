@@ -57,7 +57,8 @@ def pack(
     if not problems:
         return ()
     flops_limit = max(sum(p.flops for p in problems) / _FLOPS_PARTS, _SMALL_FLOPS)
-    sizes = [_file_share(problem, max_shard_size) for problem in problems]
+    share = _stage_share if stage else _file_share
+    sizes = [share(problem, max_shard_size) for problem in problems]
     work = [problem.flops for problem in problems]
     limit = _even_limit(sizes, work, max_shard_size - _FRAME_BYTES, flops_limit)
     bounds = [*_cut(sizes, work, limit, flops_limit), len(problems)]
@@ -113,6 +114,12 @@ def _file_share(problem: Problem, max_shard_size: int) -> int:
     entry = {"dtype": problem.dtype, "shape": problem.shape, "data_offsets": (offset, offset)}
     name = json.dumps(problem.tensor_name, ensure_ascii=False).encode()
     return num_bytes + len(msgspec.json.encode(entry)) + len(name) + len(":,")
+
+
+def _stage_share(problem: Problem, max_shard_size: int) -> int:
+    """The same for a stage, in which a tensor counts as what is read of it if that is more."""
+    average = problem.bytes_read // len(problem.sources)
+    return max(_file_share(problem, max_shard_size), average)
 
 
 def _cut(

@@ -8,6 +8,7 @@ resolved parameters, row blocks, accumulation order, thread count. A worker rece
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -54,11 +55,15 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """A method with resolved parameters, shared by all problems that use the same ones."""
+    """A method with resolved parameters, shared by all problems that use the same ones.
+
+    ``step`` is the part of a method that works in several passes (:meth:`MergeMethod.step`).
+    """
 
     method: str
     parameters: dict[str, Any] = {}
     expert_parameters: tuple[dict[str, Any], ...] = ()
+    step: str = ""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -78,6 +83,8 @@ class Problem(msgspec.Struct, frozen=True):
         device_bytes: Device memory likewise.
         role: Role of the tensor (``attention.q``, ``mlp.up``, ``norm``, ``embedding`` …).
         layer: Its layer number, or -1 outside the layers.
+        source_shape: Shape of the inputs where it is another one.
+        given: Small results of earlier shards, read once for the shard.
     """
 
     tensor_name: str
@@ -93,14 +100,18 @@ class Problem(msgspec.Struct, frozen=True):
     device_bytes: int = 0
     role: str = "other"
     layer: int = -1
+    source_shape: tuple[int, ...] | None = None
+    given: tuple[Source, ...] = ()
 
     @property
     def num_entries(self) -> int:
         """Entries of the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the inputs."""
+        return self.shape if self.source_shape is None else self.source_shape
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -135,7 +146,8 @@ class Shard(msgspec.Struct, frozen=True):
     @property
     def bytes_read(self) -> int:
         """Bytes read for it."""
-        return sum(problem.bytes_read for problem in self.problems)
+        given = {source for problem in self.problems for source in problem.given}
+        return sum(item.bytes_read for item in self.problems) + sum(s.num_bytes for s in given)
 
     @property
     def flops(self) -> float:
@@ -288,6 +300,7 @@ class Plan(msgspec.Struct, frozen=True):
                 problem,
                 base=move(problem.base) if problem.base else None,
                 experts=tuple(move(expert) for expert in problem.experts),
+                given=tuple(move(source) for source in problem.given),
                 setting=setting_map.setdefault(problem.setting, len(setting_map)),
             )
             for problem in shard.problems

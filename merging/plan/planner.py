@@ -19,6 +19,7 @@ from merging.dtypes import is_float, recipe_name
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.cost import Budgets
+from merging.plan.fit import check_fit
 from merging.plan.inputs import Inputs, read_inputs
 from merging.plan.packing import data_bytes, pack
 from merging.plan.plan import (
@@ -32,6 +33,7 @@ from merging.plan.plan import (
     Totals,
 )
 from merging.plan.problems import ProblemBuilder
+from merging.plan.staging import Staging
 from merging.plan.tensors import check_tensors, shorten_list, unmatched_filters
 from merging.plan.warnings import warn_of_inputs, warn_of_problems
 from merging.recipe import Recipe
@@ -69,7 +71,20 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
     problems = builder.build(entries)
-    shards = pack(problems, options.max_shard_size)
+    staging = Staging(
+        builder.settings,
+        builder.files,
+        budgets,
+        max_shard_size=options.max_shard_size,
+        output_uri=output_uri,
+    )
+    problems = staging.stage(problems)
+    early = [problem for shard in staging.shards for problem in shard.problems]
+    check_fit([*early, *problems], builder.settings.settings, budgets)
+    shards = (
+        *staging.shards,
+        *pack(problems, options.max_shard_size, first_index=len(staging.shards)),
+    )
     described = _inputs(inputs)
     settings = builder.settings.settings
     warnings += warn_of_inputs(recipe, inputs, described)
@@ -175,7 +190,7 @@ def _totals(shards: Sequence[Shard]) -> Totals:
     problems = [problem for shard in shards for problem in shard.problems]
     return Totals(
         tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
-        bytes_read=sum(problem.bytes_read for problem in problems),
+        bytes_read=sum(shard.bytes_read for shard in shards),
         bytes_written=sum(shard.size for shard in shards),
         flops=sum(problem.flops for problem in problems),
         max_host_bytes=max(problem.host_bytes for problem in problems),

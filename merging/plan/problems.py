@@ -11,7 +11,6 @@ from merging.dtypes import ITEM_SIZE, RECIPE_NAMES, WRITABLE_FLOATS, is_float
 from merging.errors import Fault, PlanError, RecipeError
 from merging.method import MergeMethod, get_method
 from merging.plan.cost import Budgets, Load, ProblemCost, problem_cost, takes_matrices
-from merging.plan.fit import check_fit
 from merging.plan.inputs import Inputs
 from merging.plan.plan import COPY, Problem, Source, SourceFile
 from merging.plan.settings import SettingTable
@@ -74,7 +73,7 @@ class ProblemBuilder:
         Raises:
             RecipeError: ``bad_parameter``: values that do not go together for some tensor;
                 ``incompatible_options``: a method for matrices is to merge something else.
-            PlanError: ``nothing_to_do`` or ``does_not_fit``.
+            PlanError: ``nothing_to_do``.
         """
         tensors = self._describe(entries)
         num_layers: dict[str, int] = {}
@@ -88,7 +87,6 @@ class ProblemBuilder:
             for tensor, is_touched in ordered
         ]
         self.settings.raise_faults()
-        check_fit(problems, self.settings.settings, self._budgets)
         return problems
 
     def _describe(self, entries: Sequence[TensorEntry]) -> list[_Tensor]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 
 from merging.errors import Fault
@@ -93,6 +94,16 @@ class SettingTable:
                 self._keep_fault(error, tensor_name)
                 return self.copy()
         return number
+
+    def step(self, setting: int, name: str) -> int:
+        """The setting of a step of a method that takes several passes."""
+        whole = self.settings[setting]
+        key = json.dumps([setting, name])
+        if key not in self._numbers:
+            self._numbers[key] = len(self.settings)
+            self.settings.append(msgspec.structs.replace(whole, step=name))
+            self._models.append(self._models[setting])
+        return self._numbers[key]
 
     def raise_faults(self) -> None:
         """Raise :class:`RecipeError` if the parameters of a tensor do not go together."""

@@ -16,7 +16,7 @@ def shards_needed(plan: Plan) -> list[frozenset[int]]:
         frozenset(
             makers[source.file]
             for problem in shard.problems
-            for source in problem.sources
+            for source in (*problem.sources, *problem.given)
             if source.file in makers
         )
         for shard in plan.shards

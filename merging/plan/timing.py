@@ -11,6 +11,7 @@ Rates differ from machine to machine, so none of this is part of a plan or its d
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 
 import msgspec
@@ -111,7 +112,8 @@ def sum_stages(stages: list[StageSeconds]) -> StageSeconds:
 
 
 def _solve_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
-    passed = (len(problem.sources) + 1) * problem.num_entries / rates.entries
+    entries = math.prod(problem.input_shape)
+    passed = (len(problem.sources) + 1) * entries / rates.entries
     return passed + _method_seconds(plan, problem, rates) + len(problem.sources) * _SOURCE_SECONDS
 
 
@@ -122,10 +124,10 @@ def _method_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
         return 0.0
     if not takes_matrices(get_method(name)):
         return problem.flops / rates.operations
-    rows, columns = Geometry(problem.shape, 1, transposed=problem.transposed).matrix
+    rows, columns = Geometry(problem.input_shape, 1, transposed=problem.transposed).matrix
     rows = min(problem.row_block or rows, rows)
     threads = plan.threads / rates.threads if rates.device == "cpu" else 1.0
     double = 2.0 if any(source.dtype == "F64" for source in problem.sources) else 1.0
     products = problem.flops / (rates.flops_per_second(rows, columns) * threads)
-    operations = _SOURCE_OPERATIONS * len(problem.sources) * problem.num_entries
+    operations = _SOURCE_OPERATIONS * len(problem.sources) * math.prod(problem.input_shape)
     return double * (products + operations / rates.operations)

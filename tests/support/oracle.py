@@ -27,7 +27,7 @@ def linear(
     return total / sum(weights) if normalize else total
 
 
-def _mix(
+def mix(
     base: torch.Tensor,
     vectors: Sequence[np.ndarray],
     weights: Sequence[float],
@@ -64,7 +64,7 @@ def task_arithmetic(
 ) -> np.ndarray:
     """W0 + λ Σ a_i T_i."""
     vectors = task_vectors(base, experts)
-    return _mix(base, vectors, weights, scale=scale, normalize=normalize, elect=False)
+    return mix(base, vectors, weights, scale=scale, normalize=normalize, elect=False)
 
 
 def trim(vector: np.ndarray, density: float) -> np.ndarray:
@@ -91,7 +91,7 @@ def ties(
     """Trim each tensor's task vectors, elect signs, take the disjoint mean."""
     vectors = task_vectors(base, experts)
     trimmed = [trim(T, density) for T, density in zip(vectors, densities, strict=True)]
-    return _mix(base, trimmed, weights, scale=scale, normalize=normalize, elect=True)
+    return mix(base, trimmed, weights, scale=scale, normalize=normalize, elect=True)
 
 
 def splitmix64(state: int) -> int:
@@ -134,7 +134,7 @@ def dare(
         mask.reshape(T.shape) * T / (density if rescale else 1.0)
         for T, mask, density in zip(task_vectors(base, experts), masks, densities, strict=True)
     ]
-    return _mix(base, dropped, weights, scale=scale, normalize=normalize, elect=elect)
+    return mix(base, dropped, weights, scale=scale, normalize=normalize, elect=elect)
 
 
 def wudi_rates(vectors: Sequence[np.ndarray]) -> tuple[float, float]:
