@@ -48,11 +48,17 @@ def _methods() -> str:
     )
 
 
+def _base(method: MergeMethod) -> str:
+    if method.needs_base:
+        return "needed"
+    return "used if there is one" if method.optional_base else "not used"
+
+
 def _method(method: MergeMethod) -> str:
     most = "" if method.max_experts is None else f", at most {method.max_experts}"
     facts = {
         "Source": method.source,
-        "Base model": "needed" if method.needs_base else "not used",
+        "Base model": _base(method),
         "Experts": f"at least {method.min_experts}{most}",
         "Merges by default": {
             "all": "all float tensors",

@@ -344,6 +344,7 @@ class MergeMethod(Step):
         parameters: Model of the recipe-level parameters.
         expert_parameters: Model of the parameters that may differ from expert to expert.
         needs_base: Whether a base model is required.
+        optional_base: A base model is used if the recipe names one, and not required.
         min_experts: Fewest experts accepted.
         max_experts: Most experts accepted; None for no limit.
         default_touch: Which tensors it merges unless the recipe says otherwise: ``all`` float
@@ -363,6 +364,7 @@ class MergeMethod(Step):
     parameters: type[Parameters] = NoParameters
     expert_parameters: type[Parameters] = NoParameters
     needs_base: bool = True
+    optional_base: bool = False
     min_experts: int = 1
     max_experts: int | None = None
     default_touch: str = "all"
@@ -379,6 +381,10 @@ class MergeMethod(Step):
         assert self.staged is not None
         return self.staged.steps()[name]
 
+    def uses_base(self, *, is_named: bool) -> bool:
+        """Whether a recipe's base model, if it names one, is a base and not one more expert."""
+        return self.needs_base or (self.optional_base and is_named)
+
     def describe(self) -> dict[str, Any]:
         """The method as a JSON object, with JSON Schema of its parameters."""
         return {
@@ -388,6 +394,7 @@ class MergeMethod(Step):
             "summary": self.summary,
             "source": self.source,
             "needs_base": self.needs_base,
+            "optional_base": self.optional_base,
             "min_experts": self.min_experts,
             "max_experts": self.max_experts,
             "separable": self.separable,

@@ -179,7 +179,7 @@ def print_methods(methods: Sequence[MergeMethod]) -> None:
     table = _table("method", "base", "merges", "rest", "what it does", whole=["method"])
     for method in methods:
         name = f"{method.name} *" if method.recommended else method.name
-        base = "needed" if method.needs_base else "-"
+        base = "needed" if method.needs_base else "optional" if method.optional_base else "-"
         _add_row(table, name, base, method.default_touch, method.default_rest, method.summary)
     console.print(table)
     console.print(

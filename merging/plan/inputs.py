@@ -81,7 +81,7 @@ def read_inputs(recipe: Recipe, storage: Storage, output_uri: str) -> Inputs:
     chosen = [
         (number, uri)
         for number, uri in enumerate(model_uris)
-        if not (method.needs_base and uri == base)
+        if not (method.uses_base(is_named=base is not None) and uri == base)
     ]
     problem = count_problem(method, len(chosen))
     if problem is not None:

@@ -124,7 +124,8 @@ class ProblemBuilder:
         experts = [expert.index for expert in self._inputs.experts]
         if is_touched:
             setting = self.settings.merge(entry.name, layer_position(role.layer, num_layers))
-            base = (donor,) if self._inputs.method.needs_base else ()
+            is_named = self._inputs.base is not None
+            base = (donor,) if self._inputs.method.uses_base(is_named=is_named) else ()
         elif is_float(entry.dtype) and self._rest_is_mean:
             setting = self.settings.mean()
         else:

@@ -57,7 +57,7 @@ def _warn_of_equals(inputs: Inputs, described: Sequence[Input]) -> list[str]:
     warnings: dict[str, None] = {}
     first: dict[str, Input] = {}
     for item in described:
-        if item.role == "base" and not inputs.method.needs_base:
+        if item.role == "base" and not inputs.method.uses_base(is_named=True):
             continue
         other = first.setdefault(item.digest, item)
         if other is item:

@@ -232,7 +232,7 @@ class _Reader:
     def _without_base_parameters(
         self, entry: ModelEntry, method: MergeMethod, base: str | None
     ) -> ModelEntry:
-        if not (method.needs_base and _is_same(entry.model, base) and entry.parameters):
+        if not (_is_base(entry.model, base, method) and entry.parameters):
             return entry
         self._warnings.append(
             f"{method.name} takes no parameters for the base model; those of {base!r} under"
@@ -248,13 +248,17 @@ class _Reader:
             if base is None:
                 detail = f"{method.name} needs a base model; add the key 'base_model'."
                 self._refuse("/base_model", detail, "incompatible_options")
-        elif base is not None and not any(_is_same(entry.model, base) for entry in models):
+        elif (
+            not method.optional_base
+            and base is not None
+            and not any(_is_same(entry.model, base) for entry in models)
+        ):
             detail = (
                 f"{method.name} uses no base model; list {shorten(base)} under 'models' if it is"
                 " to be merged in, or remove 'base_model'."
             )
             self._refuse("/base_model", detail, "incompatible_options")
-        experts = [e for e in models if not (method.needs_base and _is_same(e.model, base))]
+        experts = [entry for entry in models if not _is_base(entry.model, base, method)]
         if models and (problem := count_problem(method, len(experts))):
             self._refuse("/models", problem, "incompatible_options")
 
@@ -276,11 +280,16 @@ class _Reader:
             return
         check_together(method.parameters, (parameters,), "/parameters", self.faults)
         for index, entry in enumerate(models):
-            if method.needs_base and _is_same(entry.model, base):
+            if _is_base(entry.model, base, method):
                 continue
             levels = (entry.parameters, parameters)
             pointer = f"/models/{index}/parameters"
             check_together(method.expert_parameters, levels, pointer, self.faults)
+
+
+def _is_base(model: str, base: str | None, method: MergeMethod) -> bool:
+    """Whether an address, as it is written, is the base model, for a method that uses one."""
+    return method.uses_base(is_named=base is not None) and _is_same(model, base)
 
 
 def _is_same(model: str, base: str | None) -> bool:
@@ -290,7 +299,7 @@ def _is_same(model: str, base: str | None) -> bool:
 
 def count_problem(method: MergeMethod, num_experts: int) -> str | None:
     """What is wrong with a number of experts; None if nothing is."""
-    besides = " besides the base model" if method.needs_base else ""
+    besides = " besides the base model" if method.needs_base or method.optional_base else ""
     if num_experts < method.min_experts:
         return (
             f"{method.name} merges at least {method.min_experts} models{besides}; the recipe has"
