@@ -26,6 +26,7 @@ from service.api import (
     recipes,
     sessions,
     tokens,
+    webhook_endpoints,
 )
 from service.api.deps import ReadinessCheck, Services
 from service.api.errors import install_error_handlers
@@ -39,6 +40,8 @@ from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
 from service.problems import PROBLEM_JSON
 from service.settings import Settings
+from service.webhooks.address_guard import AddressGuard
+from service.webhooks.secrets import SecretKeys
 
 _COMPRESS_FROM_BYTES = 1024
 _NOT_COMPRESSED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "text/plain")
@@ -56,6 +59,7 @@ _ROUTERS = (
     logs,
     tokens,
     sessions,
+    webhook_endpoints,
 )
 
 
@@ -96,6 +100,12 @@ def create_app(
         feed=EventFeed(store, poll_seconds=poll_seconds),
         forecast=forecast or Forecast(),
         metrics=Metrics(version),
+        guard=AddressGuard(
+            settings.webhook_allowed_hosts, allow_loopback=settings.webhook_allow_loopback
+        ),
+        keys=SecretKeys(
+            [key.get_secret_value() for key in settings.secret_keys], settings.secret_key_file
+        ),
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),
     )

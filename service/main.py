@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from merging.errors import MergeError
 from merging.storage.base import Storage
 from merging.storage.router import open_storage
-from service.api.deps import ReadinessCheck
+from service.api.deps import ReadinessCheck, Services
 from service.app import create_app
 from service.auth import LOGIN_CODE_LIFETIME, prepare_first_token
 from service.forecast import Forecast
@@ -26,6 +26,8 @@ from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
 from service.server import Server, address_of, bind
 from service.settings import ENV_PREFIX, Settings
+from service.webhooks.delivery import Caller
+from service.webhooks.sender import Sender
 from workers.local_pool import LocalPool
 from workers.pool import ShardPool
 from workers.ray_pool import RayPool
@@ -81,7 +83,10 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
             checks=[] if runner is None else [_runner_check(runner)],
             forecast=forecast,
         )
+        sender = _make_sender(app.state.services)
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
+        sender.start()
+        stack.callback(sender.stop)
         if runner is not None:
             runner.start()
             stack.callback(_stop_runner, runner, settings.drain_seconds)
@@ -161,6 +166,19 @@ def _start_collector(stack: ExitStack, settings: Settings, store: SqlJobStore) -
     )
     collector.start()
     stack.callback(collector.stop)
+
+
+def _make_sender(services: Services) -> Sender:
+    services.keys.load()
+    deliveries = services.metrics.webhook_deliveries
+    return Sender(
+        services.store,
+        Caller(services.guard),
+        services.keys,
+        public_url=services.settings.public_url.rstrip("/"),
+        clock=services.clock,
+        on_attempt=lambda outcome: deliveries.labels(outcome).inc(),
+    )
 
 
 def _runner_check(runner: Runner) -> ReadinessCheck:

@@ -36,6 +36,17 @@ class Metrics:
             ["merge_method"],
             registry=self.registry,
         )
+        self.webhook_deliveries = Counter(
+            "mergeyard_webhook_deliveries",
+            "Tries at delivering webhooks from this controller.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self._oldest_pending = Gauge(
+            "mergeyard_outbox_oldest_pending_seconds",
+            "How long the delivery that has waited longest for a sender has been due.",
+            registry=self.registry,
+        )
         self._jobs = Gauge(
             "mergeyard_jobs", "Jobs in the store by state.", ["state"], registry=self.registry
         )
@@ -51,11 +62,14 @@ class Metrics:
         self._requests.labels(known, route, str(status)).inc()
         self._durations.labels(known, route).observe(seconds)
 
-    def render(self, jobs: Mapping[JobState, int], open_streams: int) -> bytes:
+    def render(
+        self, jobs: Mapping[JobState, int], open_streams: int, oldest_pending_seconds: float
+    ) -> bytes:
         """The text format of Prometheus."""
         for state, count in jobs.items():
             self._jobs.labels(state.value).set(count)
         self._streams.set(open_streams)
+        self._oldest_pending.set(oldest_pending_seconds)
         return generate_latest(self.registry)
 
 

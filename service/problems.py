@@ -41,6 +41,10 @@ KINDS: dict[str, tuple[int, str]] = {
     "cancelled": (409, "The work was cancelled"),
     "etag_mismatch": (412, "The job was changed in the meantime"),
     "idempotency_key_reused": (422, "The idempotency key was used for another request"),
+    # webhooks
+    "address_refused": (422, "The address may not be called"),
+    "endpoint_disabled": (409, "The webhook endpoint is disabled"),
+    "too_many_endpoints": (409, "There are too many webhook endpoints"),
     # the recipe, and what it names
     "invalid_recipe": (422, "The recipe cannot be run"),
     "unknown_method": (422, "The merge method is not known"),

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from merging.errors import Fault, MergeError
 
 ENV_PREFIX = "MERGEYARD_"
+_SHORTEST_KEY = 32
 
 
 def default_data_dir() -> Path:
@@ -90,6 +91,29 @@ class Settings(BaseSettings):
         description="Whether this process drives jobs. One that does not only answers requests,"
         " for others on the same database.",
     )
+
+    public_url: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$",
+        description="Address of the service as its clients see it, prefix included, for links in"
+        " webhooks.",
+    )
+    secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(),
+        description="Keys from which secrets of webhook endpoints are derived, newest first,"
+        " separated by commas; the same in all replicas. Default: one that the first start makes"
+        " and keeps in secret-key in the data folder.",
+    )
+    webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="If given, webhooks go to these hosts only (names, numbers, *.example.com),"
+        " which may then be in a private network. Separated by commas or as a JSON list.",
+    )
+    webhook_allow_loopback: bool = Field(
+        default=False,
+        description="Webhooks may go to this machine, also without TLS: for development.",
+    )
+
     pool: Literal["ray", "local"] = Field(
         default="ray", description="What executes shards: Ray, or threads of this process."
     )
@@ -141,9 +165,9 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("storage_roots", mode="before")
+    @field_validator("storage_roots", "secret_keys", "webhook_allowed_hosts", mode="before")
     @classmethod
-    def _split_roots(cls, value: Any) -> Any:
+    def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("["):
@@ -162,6 +186,13 @@ class Settings(BaseSettings):
         return tuple(
             root if "://" in root else str(Path(root).expanduser().absolute()) for root in value
         )
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _check_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < _SHORTEST_KEY for key in value):
+            raise ValueError(f"each key has at least {_SHORTEST_KEY} characters")
+        return value
 
     @field_validator("data_dir")
     @classmethod
@@ -189,6 +220,11 @@ class Settings(BaseSettings):
     def effective_database_url(self) -> str:
         """The address of the job database, password included."""
         return self.database_url.get_secret_value() or f"sqlite:///{self.data_dir}/mergeyard.db"
+
+    @property
+    def secret_key_file(self) -> Path:
+        """Where the key is that the first start makes."""
+        return self.data_dir / "secret-key"
 
     @property
     def admin_token_file(self) -> Path:

@@ -22,6 +22,8 @@ from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.problems import RequestError
 from service.settings import Settings
+from service.webhooks.address_guard import AddressGuard
+from service.webhooks.secrets import SecretKeys
 
 _JOB_ID = re.compile(r"job_[0-9a-z]{26}")
 LABEL_PREFIX = "label."
@@ -52,6 +54,8 @@ class Services:
         feed: Wakes event streams.
         forecast: Says how long a plan should take.
         metrics: Counters.
+        guard: Which addresses webhooks may go to.
+        keys: From which secrets of webhooks come.
         checks: For ``/readyz``.
         stopping: Set when the server is asked to end.
         planning: Bounds plans that are made at once.
@@ -64,6 +68,8 @@ class Services:
     feed: EventFeed
     forecast: Forecast
     metrics: Metrics
+    guard: AddressGuard
+    keys: SecretKeys
     checks: Sequence[ReadinessCheck]
     stopping: threading.Event
     planning: anyio.CapacityLimiter = field(

@@ -72,7 +72,8 @@ async def _run(check: ReadinessCheck) -> CheckObject:
 )
 def read_metrics(services: ServicesDep) -> Response:
     """Counters in the text format of Prometheus."""
-    text = services.metrics.render(services.store.counts(), services.feed.num_readers)
+    overdue = services.store.longest_overdue().total_seconds()
+    text = services.metrics.render(services.store.counts(), services.feed.num_readers, overdue)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

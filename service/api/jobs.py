@@ -141,7 +141,7 @@ def list_jobs(
     """Jobs, newest first. Follow ``next_url`` for more."""
     job_filter, cursor = query.job_filter(), None
     if query.cursor is not None:
-        cursor, first_filter = decode_cursor(query.cursor)
+        cursor, first_filter = decode_cursor(query.cursor, JobFilter)
         if job_filter not in (JobFilter(), first_filter):
             raise RequestError(
                 "The cursor belongs to a list with other filters; leave the filters out.",

@@ -9,29 +9,28 @@ from __future__ import annotations
 import binascii
 import hashlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import TypeVar
 
 import msgspec
 
-from service.jobs.records import JobCursor, JobFilter
+from service.jobs.records import JobCursor
 from service.problems import RequestError
 
 _CHECK_BYTES = 6
 _LONGEST = 8192
 
 
-class _Place(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    last: JobCursor
-    job_filter: JobFilter
+Filters = TypeVar("Filters", bound=msgspec.Struct)
 
 
-def encode_cursor(last: JobCursor, job_filter: JobFilter) -> str:
+def encode_cursor(last: JobCursor, filters: msgspec.Struct) -> str:
     """The cursor of the page after ``last``, with the filters of its list."""
-    payload = msgspec.json.encode(_Place(last, job_filter))
+    payload = msgspec.json.encode((last, filters))
     return urlsafe_b64encode(_checksum(payload) + payload).decode().rstrip("=")
 
 
-def decode_cursor(cursor: str) -> tuple[JobCursor, JobFilter]:
-    """The place and the filters of a cursor.
+def decode_cursor(cursor: str, kind: type[Filters]) -> tuple[JobCursor, Filters]:
+    """The place and the filters of a cursor of a list with this kind of filters.
 
     Raises:
         RequestError: ``bad_cursor`` if it is not one of ours, unchanged.
@@ -43,13 +42,13 @@ def decode_cursor(cursor: str) -> tuple[JobCursor, JobFilter]:
         check, payload = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
         if check != _checksum(payload):
             raise ValueError("changed")
-        place = msgspec.json.decode(payload, type=_Place)
+        last, filters = msgspec.json.decode(payload, type=tuple[JobCursor, msgspec.Raw])
+        return last, msgspec.json.decode(filters, type=kind)
     except (ValueError, binascii.Error, msgspec.MsgspecError):
         raise RequestError(
             "The cursor is not one that this service gave; begin again without it.",
             code="bad_cursor",
         ) from None
-    return place.last, place.job_filter
 
 
 def _checksum(payload: bytes) -> bytes:

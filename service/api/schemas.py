@@ -24,9 +24,11 @@ RecipeField = Annotated[
     Field(description="The recipe: YAML or JSON text, or an object."),
 ]
 _PLAN_ID = r"^plan_[0-9a-z]{26}$"
-_NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
+NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
+"""Of text on one line."""
+
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$")]
-LabelValue = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=255)]
+LabelValue = Annotated[str, StringConstraints(pattern=NO_CONTROLS, max_length=255)]
 Labels = Annotated[
     dict[Label, LabelValue],
     Field(max_length=32, description="For finding jobs: ?label.team=vision."),
@@ -38,7 +40,7 @@ Metadata = Annotated[
 Priority = Annotated[int, Field(ge=-100, le=100, description="Higher is run first.")]
 OutputUri = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=2048, pattern=_NO_CONTROLS),
+    StringConstraints(min_length=1, max_length=2048, pattern=NO_CONTROLS),
     Field(description="Where the merged checkpoint goes: a folder, file:// or s3:// address."),
 ]
 
@@ -106,7 +108,7 @@ class CancelRequest(Request):
 class TokenRequest(Request):
     """A token to be made."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=NO_CONTROLS)]
     scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))
     expires_at: AwareDatetime | None = None
 

@@ -28,7 +28,7 @@ def job_detail(job: JobRecord, url: str) -> JobDetail:
 
 def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
     return {
-        **_members(job),
+        **members(job),
         "is_terminal": job.is_terminal,
         "phase": job.phase,
         "seed": job.options.get("seed", 0),
@@ -39,20 +39,21 @@ def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
 
 def shard_object(shard: ShardRecord) -> ShardObject:
     """A shard."""
-    return ShardObject.model_validate(_members(shard))
+    return ShardObject.model_validate(members(shard))
 
 
 def event_object(event: EventRecord) -> EventObject:
     """An event; the same in streams and pages."""
-    return EventObject.model_validate(_members(event))
+    return EventObject.model_validate(members(event))
 
 
 def token_object(token: TokenRecord) -> TokenObject:
     """A token."""
-    return TokenObject.model_validate(_members(token))
+    return TokenObject.model_validate(members(token))
 
 
-def _members(record: msgspec.Struct) -> dict[str, Any]:
-    members = msgspec.to_builtins(record, builtin_types=(datetime,))
-    assert isinstance(members, dict)
-    return members
+def members(record: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a record as plain values; times stay times."""
+    found = msgspec.to_builtins(record, builtin_types=(datetime,))
+    assert isinstance(found, dict)
+    return found

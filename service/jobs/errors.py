@@ -7,6 +7,8 @@ StoreError
 ├── RevisionMismatchError      somebody changed the job since it was read
 ├── StaleLeaseError            another runner holds the job, or the claim was released
 ├── IdempotencyReusedError     the key was used for another request
+├── EndpointDisabledError      nothing is sent to a webhook endpoint that is disabled
+├── EndpointLimitError         there are too many webhook endpoints
 └── StoreUnavailableError      the database cannot be reached or is locked; retryable
 """
 
@@ -22,7 +24,7 @@ class StoreError(MergeError):
 
 
 class NotFoundError(StoreError):
-    """There is no such job or token."""
+    """There is no such job, token or webhook endpoint."""
 
     default_code = "not_found"
 
@@ -53,6 +55,18 @@ class IdempotencyReusedError(StoreError):
     """The idempotency key was used before, for another request."""
 
     default_code = "idempotency_key_reused"
+
+
+class EndpointDisabledError(StoreError):
+    """Nothing is sent to a webhook endpoint that is disabled."""
+
+    default_code = "endpoint_disabled"
+
+
+class EndpointLimitError(StoreError):
+    """Every endpoint is written to in the transaction of a job's change: there cannot be many."""
+
+    default_code = "too_many_endpoints"
 
 
 class StoreUnavailableError(StoreError):

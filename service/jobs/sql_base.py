@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from service.jobs.announce import announce
 from service.jobs.changes import Change
 from service.jobs.database import for_writing, outages_as_unavailable
 from service.jobs.errors import NotFoundError, StaleLeaseError
@@ -121,6 +122,7 @@ class SqlBase:
             for seq, (event, data) in enumerate(changes, first)
         ]
         connection.execute(sa.insert(events), rows)
+        announce(connection, job, changes, now)
 
 
 def _machine_time() -> datetime:

@@ -2,7 +2,8 @@
 
 The statements lie in files by who uses them: ``sql_read``, ``sql_queue`` and ``sql_plans`` for
 the API, ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication;
-``sql_base`` holds what keeps the store's rules.
+``sql_endpoints`` and ``sql_outbox`` are about webhooks; ``sql_base`` holds what keeps the store's
+rules.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from service.jobs.errors import StoreUnavailableError
 from service.jobs.migrate import is_current, upgrade
 from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
+from service.jobs.sql_endpoints import EndpointStatements
 from service.jobs.sql_leftovers import LeftoverStatements
+from service.jobs.sql_outbox import OutboxStatements
 from service.jobs.sql_plans import PlanStatements
 from service.jobs.sql_queue import QueueStatements
 from service.jobs.sql_read import ReadStatements
@@ -28,6 +31,8 @@ class SqlJobStore(
     LeftoverStatements,
     TokenStatements,
     SessionStatements,
+    EndpointStatements,
+    OutboxStatements,
 ):
     """See :class:`service.jobs.store.JobStore`."""
 

@@ -2,7 +2,8 @@
 
 The store is the truth about jobs. Three rules hold for every implementation:
 
-- A change of state, and everything that follows from it, is one transaction with its event.
+- A change of state, and everything that follows from it, is one transaction with its event and
+  with what is announced of it (``service.jobs.outbox``).
 - Every write of a claimed job carries the claim's fencing token; if that is no longer the job's,
   :class:`~service.jobs.errors.StaleLeaseError` is raised and nothing is written.
 - Events of a job are numbered from 1 without gaps, whoever writes them.
@@ -18,6 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from merging.plan.plan import Plan
+from service.jobs.outbox import EndpointStore, Outbox
 from service.jobs.records import (
     CancelMode,
     Claim,
@@ -286,7 +288,17 @@ class Leftovers(Protocol):
         """Give one back; if it ``is_gone``, for good."""
 
 
-class JobStore(JobQueue, PlanStore, ClaimedJobs, Leftovers, TokenStore, SessionStore, Protocol):
+class JobStore(
+    JobQueue,
+    PlanStore,
+    ClaimedJobs,
+    Leftovers,
+    TokenStore,
+    SessionStore,
+    EndpointStore,
+    Outbox,
+    Protocol,
+):
     """Everything that the service keeps."""
 
     def ping(self) -> None:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
+from service.jobs.outbox import DeliveryState
 from service.jobs.states import TERMINAL, TRANSITIONS, JobState, ShardState
 
 ACTIVE = (JobState.PLANNING, JobState.RUNNING, JobState.PUBLISHING, JobState.CANCELLING)
@@ -256,4 +257,57 @@ login_codes = sa.Table(
     sa.Column("hash", sa.String(64), primary_key=True),
     _token_id(),
     sa.Column("expires_at", UtcDateTime, nullable=False),
+)
+
+webhook_endpoints = sa.Table(
+    "webhook_endpoints",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("events", _json, nullable=False),
+    sa.Column("format", sa.String(16), nullable=False),
+    sa.Column("initiator", sa.String(64)),
+    sa.Column("is_enabled", sa.Boolean, nullable=False),
+    # No secret is kept: it is derived from the service's key, this row's id and the version.
+    sa.Column("key_id", sa.String(16), nullable=False),
+    sa.Column("secret_version", sa.Integer, nullable=False),
+    sa.Column("previous_key_id", sa.String(16)),
+    sa.Column("previous_expires_at", UtcDateTime),
+    sa.Column("paused_until", UtcDateTime),
+    sa.Column("flagged_at", UtcDateTime),
+    sa.Column("flag", sa.Text),
+    sa.CheckConstraint("format IN ('standard', 'cloudevents')", name="format"),
+    sa.CheckConstraint("(flagged_at IS NULL) = (flag IS NULL)", name="flag"),
+)
+
+outbox = sa.Table(
+    "outbox",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("message_id", sa.String(64), nullable=False),
+    sa.Column(
+        "endpoint_id",
+        sa.String(64),
+        sa.ForeignKey("webhook_endpoints.id", ondelete="CASCADE"),
+    ),
+    sa.Column("integration", sa.String(32)),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("data", _json, nullable=False),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due_at", UtcDateTime),
+    sa.Column("last_attempt_at", UtcDateTime),
+    sa.Column("response_status", sa.Integer),
+    sa.Column("response_body", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.CheckConstraint(_one_of("state", DeliveryState), name="state"),
+    sa.CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="due"),
+    sa.CheckConstraint("(endpoint_id IS NULL) <> (integration IS NULL)", name="one_receiver"),
+    sa.Index("ix_outbox_due_at", "due_at"),
+    sa.Index("ix_outbox_endpoint_id_created_at_id", "endpoint_id", "created_at", "id"),
+    sa.Index("ix_outbox_created_at", "created_at"),
 )

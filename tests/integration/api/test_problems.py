@@ -37,7 +37,12 @@ def check_problem(response: httpx.Response, code: str) -> dict[str, Any]:
 
 def fill(path: str) -> str:
     return path.format(
-        job_id=JOB_ID, name="no-such-method", token_id="tok_none", plan_id="plan_none"
+        job_id=JOB_ID,
+        name="no-such-method",
+        token_id="tok_none",
+        plan_id="plan_none",
+        endpoint_id=f"whe_{'0' * 26}",
+        delivery_id=f"dlv_{'0' * 26}",
     )
 
 

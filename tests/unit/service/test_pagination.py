@@ -26,7 +26,7 @@ GOOD = encode_cursor(PLACE, FILTER)
 
 
 def test_a_cursor_gives_back_the_place_to_the_microsecond_and_the_filters() -> None:
-    assert decode_cursor(GOOD) == (PLACE, FILTER)
+    assert decode_cursor(GOOD, JobFilter) == (PLACE, FILTER)
 
 
 def test_a_cursor_can_stand_in_an_address() -> None:
@@ -38,23 +38,23 @@ def test_a_cursor_that_was_changed_anywhere_is_refused() -> None:
     for place in range(len(good) - 1):
         other = "A" if good[place] != "A" else "B"
         with pytest.raises(RequestError) as caught:
-            decode_cursor(good[:place] + other + good[place + 1 :])
+            decode_cursor(good[:place] + other + good[place + 1 :], JobFilter)
         assert caught.value.code == "bad_cursor"
 
 
 @pytest.mark.parametrize("text", ["", "A", "é", "=", "\x00", "A" * 10_000, GOOD[:-4]])
 def test_what_is_no_cursor_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
-        decode_cursor(text)
+        decode_cursor(text, JobFilter)
 
 
 @given(st.text(max_size=200))
 def test_no_text_does_anything_but_being_refused(text: str) -> None:
     with pytest.raises(RequestError):
-        decode_cursor(text)
+        decode_cursor(text, JobFilter)
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_but_being_refused(data: bytes) -> None:
     with pytest.raises(RequestError):
-        decode_cursor(urlsafe_b64encode(data).decode().rstrip("="))
+        decode_cursor(urlsafe_b64encode(data).decode().rstrip("="), JobFilter)
