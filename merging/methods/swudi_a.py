@@ -20,7 +20,6 @@ Cost: up to 4 E O I² + 12 I³ + 6 O I² flops for E experts of O×I; fewer wher
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from merging.layered import cost_by, merge_by
@@ -41,12 +40,9 @@ class SwudiAParameters(UpdateParameters):
 
 def solve_swudi_a(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
     """The filtered solution. Reports the effective rank as a figure."""
-    from merging.ops.spectral import apply_filter, decompose, hard_gains
+    from merging.ops.spectral import solve_in_used_directions
 
-    spectrum = problem.once(decompose)
-    rank = math.ceil(spectrum.effective_rank)
-    task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
-    return apply_filter(problem, spectrum, hard_gains(spectrum, rank), row_block=task.row_block)
+    return solve_in_used_directions(problem, task)
 
 
 def _flops(shape: LayerShape, _: SwudiAParameters) -> Flops:

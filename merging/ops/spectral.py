@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from merging.ops.layer_method import LayerTask
 from merging.ops.problem import LayerProblem, SolveError
 
 EIGENVALUE_FLOOR = 1e-8
@@ -128,3 +129,14 @@ def apply_filter(
             shares.sub_((M0 @ V).mul_(f))
             problem.store(rows, torch.addmm(M0, shares, V.t()))
     return problem.total
+
+
+def solve_in_used_directions(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
+    """The least-squares solution in the ⌈effective rank⌉ strongest directions, the sum in the rest.
+
+    Written over the problem's ``total``. Both ranks go to the task's figures.
+    """
+    spectrum = problem.once(decompose)
+    rank = math.ceil(spectrum.effective_rank)
+    task.figures.update(effective_rank=spectrum.effective_rank, filter_rank=rank)
+    return apply_filter(problem, spectrum, hard_gains(spectrum, rank), row_block=task.row_block)

@@ -227,6 +227,13 @@ def swudi_a_update(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return filtered_update(vectors, kept.astype(float))
 
 
+def iso_wudi(vectors: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+    """The isotropic update I of SWUDI-A's, and the mean share p of the task vectors in it."""
+    U, S, Vt = np.linalg.svd(swudi_a_update(vectors), full_matrices=False)
+    isotropic = np.mean(S) * U @ Vt
+    return isotropic, float(np.mean([np.sum(isotropic * T) / np.sum(T**2) for T in vectors]))
+
+
 def flow_update(vectors: Sequence[np.ndarray], *, t: float) -> np.ndarray:
     """Where the flow dM/dt = B − M A from M₀ is at time t, by one matrix exponential."""
     A, B, M0 = _quadratic(vectors)
