@@ -261,7 +261,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Leftover(msgspec.Struct, frozen=True):
-    """An attempt that ended without a result, and may have left files at its output.
+    """An attempt that ended, and may have left files at its output that nobody needs.
 
     ``began_at`` and ``ended_at`` are when it was queued and when it ended.
     """

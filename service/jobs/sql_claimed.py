@@ -136,8 +136,7 @@ class ClaimedStatements(SqlBase):
             job = self._change(connection, job.id, values, changes, claim=claim)
             if job.is_terminal:
                 _stop_shards(connection, job.id)
-                if job.output is None:
-                    keep_leftover(connection, job, now)
+                keep_leftover(connection, job, now)
             if report is not None:
                 _keep_document(connection, job.id, "report", pack_json(report))
             return job

@@ -51,7 +51,7 @@ class LeftoverStatements(SqlBase):
 
 
 def keep_leftover(connection: sa.Connection, job: JobRecord, ended_at: datetime) -> None:
-    """Note that an attempt ended without a result: if it had a plan, it may have left something."""
+    """Note that an attempt ended: if it had a plan, it may have left something."""
     plan = sa.select(
         sa.literal(job.id),
         sa.literal(job.attempt),

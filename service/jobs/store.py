@@ -269,9 +269,9 @@ class ClaimedJobs(Protocol):
 
 
 class Leftovers(Protocol):
-    """What attempts that failed or were cancelled may have left at their outputs.
+    """What attempts may have left at their outputs; also successful ones, of workers that died.
 
-    Noted in the transaction in which such an attempt ends, and kept when the job is forgotten.
+    Noted in the transaction in which an attempt ends, and kept when the job is forgotten.
     """
 
     def take_leftover(

@@ -187,7 +187,8 @@ plans = sa.Table(
     sa.Column("summary", _json, nullable=False),
 )
 
-# What an attempt that failed or was cancelled may have left at its output, until that is removed.
+# What an attempt may have left at its output, until that is removed: a failed or cancelled one its
+# shards, a successful one at most uploads of workers that were lost.
 # No reference to the job: it may be forgotten first.
 leftovers = sa.Table(
     "leftovers",

@@ -1,4 +1,4 @@
-"""Removing what failed, cancelled and forgotten jobs have left in storage, some time later."""
+"""Removing what jobs have left in storage that nobody needs, some time after they ended."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_what_a_failed_job_left_is_given_out_once_it_has_been_kept_long_enough(
     assert store.take_leftover(KEPT, LEASE) is None
 
 
-def test_cancelled_and_forgotten_jobs_are_no_exception(
+def test_cancelled_and_forgotten_jobs_are_no_exceptions(
     store: SqlJobStore, clock: FakeClock
 ) -> None:
     job, claim = begin(store)
@@ -64,13 +64,20 @@ def test_cancelled_and_forgotten_jobs_are_no_exception(
     assert found.job_id == job.id
 
 
-def test_jobs_that_succeeded_or_were_never_planned_leave_nothing(
+def test_jobs_that_succeeded_may_have_left_uploads_of_lost_workers(
     store: SqlJobStore, clock: FakeClock
 ) -> None:
-    _, claim = begin(store)
+    job, claim = begin(store)
     for state in (JobState.RUNNING, JobState.PUBLISHING):
         store.transition(claim, state)
     store.transition(claim, JobState.SUCCEEDED, output=OUTPUT)
+    clock.advance(KEPT)
+    found = store.take_leftover(KEPT, LEASE)
+    assert found is not None
+    assert found.job_id == job.id
+
+
+def test_jobs_that_were_never_planned_leave_nothing(store: SqlJobStore, clock: FakeClock) -> None:
     store.submit(new_job())
     unplanned = store.claim("runner-1", 60)
     assert unplanned is not None

@@ -47,12 +47,14 @@ class LiveService:
 
 
 @contextmanager
-def live_service(data_dir: Path, root: Path) -> Iterator[LiveService]:
+def live_service(data_dir: Path, root: Path | str, **runner_settings: Any) -> Iterator[LiveService]:
     """Serve in threads until the context ends; jobs may read and write below ``root``."""
     roots = (str(root),)
     settings = load_settings(data_dir=data_dir, storage_roots=roots, pool="local", device="cpu")
     quick = RunnerSettings(
-        storage_roots=roots, device="cpu", claim_seconds=0.05, progress_seconds=0.05
+        storage_roots=roots,
+        device="cpu",
+        **{"claim_seconds": 0.05, "progress_seconds": 0.05, **runner_settings},
     )
     with ExitStack() as stack:
         stack.enter_context(_no_log_lines())

@@ -1,4 +1,4 @@
-"""What attempts that failed or were cancelled may have left at their outputs."""
+"""What attempts may have left at their outputs."""
 
 import sqlalchemy as sa
 from alembic import op
