@@ -99,7 +99,7 @@ class CheckpointError(MergeError):
 
     Codes: ``missing_tensor``, ``extra_tensor``, ``shape_mismatch``, ``dtype_unsupported``,
     ``header_invalid``, ``header_too_large``, ``index_inconsistent``, ``missing_file``,
-    ``config_invalid``, ``unsafe_format``, ``digest_mismatch``.
+    ``config_invalid``, ``unsafe_format``, ``digest_mismatch``, ``adapter_unsupported``.
     """
 
     default_code = "header_invalid"

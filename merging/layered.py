@@ -41,7 +41,7 @@ def cost_by(layer: LayerMethod) -> Callable[[Geometry, Any], Cost]:
 
 def layer_cost(geometry: Geometry, variants: Sequence[LayerVariant]) -> Cost:
     """The cost of variants that share a problem, of one tensor."""
-    shape = LayerShape(*geometry.matrix, geometry.num_experts)
+    shape = LayerShape(*geometry.matrix, geometry.num_experts, geometry.ranks)
     flops = shared_flops(shape, variants)
     form = cheapest(flops)
     entries = shared_entries(shape, form, geometry.row_block, variants)

@@ -189,12 +189,14 @@ class Geometry:
         num_experts: How many tensors are merged.
         row_block: As in :class:`Task`.
         transposed: As in :class:`Task`.
+        ranks: As in :class:`Task`.
     """
 
     shape: tuple[int, ...]
     num_experts: int
     row_block: int = 0
     transposed: bool = False
+    ranks: tuple[int, ...] = ()
 
     @property
     def num_entries(self) -> int:
@@ -224,6 +226,7 @@ class Task:
         row_block: Rows of the output solved at a time, fixed by the plan; 0 means all at once.
         transposed: The tensor is stored in×out (GPT-2's Conv1D); methods with a right side
             transpose it first.
+        ranks: Of the experts if all of them are adapters and the step takes these; else empty.
         figures: The function puts what the report should say here (JSON-able numbers and strings).
         given: Results of the method's reductions (:class:`Staged`), flat, on the device.
         memory: What tiles of one tensor, which come in order, tell one another.
@@ -236,6 +239,7 @@ class Task:
     offset: int = 0
     row_block: int = 0
     transposed: bool = False
+    ranks: tuple[int, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
     given: Sequence[torch.Tensor] = ()
     memory: dict[str, Any] = field(default_factory=dict)
@@ -260,6 +264,8 @@ class Step:
         cost: Flops and workspace of one problem.
         separable: How its tensors may be cut.
         streaming: Whether experts are consumed one at a time (see :data:`MergeFunction`).
+        takes_adapters: An expert that is an adapter comes as an
+            :class:`~merging.ops.low_rank.Adapter` of the stored tensor and not expanded.
         flat: Inputs are handed over flat, whatever their lengths.
     """
 
@@ -267,6 +273,7 @@ class Step:
     cost: Callable[[Geometry, Any], Cost]
     separable: Separability = "elementwise"
     streaming: bool = False
+    takes_adapters: bool = False
     flat: bool = False
 
 
@@ -355,6 +362,7 @@ class MergeMethod(Step):
         layer: How it solves layers, if that is what it does: variants of one merge then share what
             they can.
         staged: How it merges in several passes, if it ever does.
+        adapter_note: What someone who merges adapters with it should know; "" if nothing.
     """
 
     name: str
@@ -373,6 +381,7 @@ class MergeMethod(Step):
     recommended: bool = False
     layer: LayerMethod | None = None
     staged: Staged | None = None
+    adapter_note: str = ""
 
     def step(self, name: str) -> Step:
         """A step by the name that plans have for it; the method itself has none."""

@@ -59,6 +59,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "index_inconsistent": (422, "A checkpoint contradicts itself"),
     "missing_file": (422, "A checkpoint lacks a file"),
     "config_invalid": (422, "A checkpoint's config.json cannot be used"),
+    "adapter_unsupported": (422, "The adapter cannot be merged"),
     "unsafe_format": (422, "The checkpoint's format is not safe to read"),
     "digest_mismatch": (422, "The bytes are not those that were expected"),
     "does_not_fit": (422, "The merge does not fit the memory budget"),

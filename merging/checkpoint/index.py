@@ -72,15 +72,22 @@ class CheckpointIndex:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_checkpoint_index(storage: Storage, uri: str) -> CheckpointIndex:
+def read_checkpoint_index(
+    storage: Storage, uri: str, listing: dict[str, ObjectStat] | None = None
+) -> CheckpointIndex:
     """Read config, index and headers of a checkpoint; never weights.
+
+    Args:
+        storage: Where it is.
+        uri: Address of its folder.
+        listing: What :func:`list_folder` found there; None lists it.
 
     Raises:
         CheckpointError: The folder holds no safetensors checkpoint, or a damaged one.
         StorageError: It cannot be read.
     """
     uri = storage.normalise(uri)
-    listing = _list_folder(storage, uri)
+    listing = list_folder(storage, uri) if listing is None else listing
     names, weight_map = find_weight_files(storage, uri, listing)
     files = tuple(WeightFile(f.uri, f.size, f.version) for f in (listing[n] for n in names))
     with ThreadPoolExecutor(min(_HEADER_THREADS, len(files))) as pool:
@@ -98,8 +105,12 @@ def read_checkpoint_index(storage: Storage, uri: str) -> CheckpointIndex:
     )
 
 
-def _list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
-    """What the folder holds, by name relative to it."""
+def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
+    """What a model's folder holds, by name relative to it.
+
+    Raises:
+        StorageError: ``not_found``: it holds nothing; or it cannot be read.
+    """
     start = len(uri.rstrip("/")) + 1
     listing = {stat.uri[start:]: stat for stat in storage.list(uri)}
     if not listing:

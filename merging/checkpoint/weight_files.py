@@ -53,9 +53,8 @@ def find_weight_files(
     adapter = sorted(_ADAPTER_FILES & listing.keys())
     if adapter:
         raise CheckpointError(
-            f"{uri} holds an adapter ({adapter[0]}), not a whole model; adapters are not"
-            " supported as experts yet. Merge it into its base model with peft's"
-            " merge_and_unload(), save that, and name the new folder.",
+            f"{uri} holds an adapter ({adapter[0]}), not a whole model. Name it under 'models' of a"
+            " recipe whose base_model is the model that it was trained on.",
             code="missing_file",
             context={"uri": uri},
         )

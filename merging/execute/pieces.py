@@ -44,6 +44,14 @@ class Piece:
         return self.step is not None and self.step.streaming
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole inputs, or flat."""
+        if self.step is not None and self.step.flat:
+            return (-1,)
+        whole = self.start == 0 and self.is_last
+        return self.problem.input_shape if whole else (self.end - self.start,)
+
+    @property
     def is_summand(self) -> bool:
         """Its result is added to those of the problem's other pieces."""
         return self.step is not None and self.step.separable == "sum"
@@ -98,11 +106,20 @@ def cut_problems(work: ShardWork) -> Iterator[Piece]:
         if step is not None and step.separable in ("rows", "whole"):
             yield Piece(problem, number, 0, entries, step, problem.sources)
             continue
-        tile = tile_entries(entries, problem.bytes_read, work.memory_budget)
+        tile = tile_entries(entries, problem.expanded_bytes, work.memory_budget)
         for start in range(0, max(entries, 1), tile):
             end = min(start + tile, entries)
-            sources = tuple(_entries(source, start, end) for source in problem.sources)
-            yield Piece(problem, number, start, end, step, sources)
+            yield Piece(problem, number, start, end, step, _sources(problem, start, end))
+
+
+def _sources(problem: Problem, start: int, end: int) -> tuple[Source, ...]:
+    """What is read for a tile: an adapter's factors come whole, with the first one."""
+    factors = problem.factor_positions
+    return tuple(
+        source if position in factors else _entries(source, start, end)
+        for position, source in enumerate(problem.sources)
+        if start == 0 or position not in factors
+    )
 
 
 def _entries(source: Source, start: int, end: int) -> Source:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.dtypes import torch_dtype
 from merging.errors import NumericalError
+from merging.execute.experts import ExpertMaker
 from merging.execute.pieces import Piece
 from merging.method import Step, Task, get_method
 from merging.plan.plan import COPY, Setting, ShardWork, Source
@@ -52,6 +53,7 @@ class Solver:
         self._memory: dict[str, Any] = {}
         self._device = device
         self._settings = [_resolve(setting) for setting in work.settings]
+        self._experts = ExpertMaker()
         self._copies: torch.cuda.Stream | None = None
         if device != "cpu":
             import torch
@@ -95,14 +97,10 @@ class Solver:
         figures: dict[str, Any],
     ) -> torch.Tensor:
         problem = piece.problem
-        whole = piece.start == 0 and piece.is_last
-        shape = problem.input_shape if whole else (piece.end - piece.start,)
-        if step.flat:
-            shape = (-1,)
         if piece.start == 0:
             self._memory = {}
-        arriving = self._arrive(piece, inputs, shape)
-        base = next(arriving) if problem.base is not None else None
+        arriving = self._arrive(piece, inputs)
+        base = next(arriving).view(piece.shape) if problem.base is not None else None
         task = Task(
             tensor_name=problem.tensor_name,
             parameters=resolved.parameters,
@@ -111,15 +109,15 @@ class Solver:
             offset=piece.start,
             row_block=problem.row_block,
             transposed=problem.transposed,
+            ranks=problem.ranks if step.takes_adapters else (),
             figures=figures,
             given=tuple(self.given[source].to(self._device) for source in problem.given),
             memory=self._memory,
         )
-        return step.merge(base, arriving, task)
+        experts = self._experts.make(piece, base, arriving, expand=not step.takes_adapters)
+        return step.merge(base if problem.sees_base else None, experts, task)
 
-    def _arrive(
-        self, piece: Piece, inputs: Iterator[torch.Tensor], shape: tuple[int, ...]
-    ) -> Iterator[torch.Tensor]:
+    def _arrive(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Inputs on the device; a host buffer is free again when the next one is asked for."""
         for position, host in enumerate(inputs):
             if self._work.check_finite:
@@ -130,7 +128,7 @@ class Solver:
                     "non_finite_input",
                 )
             on_device, copied = self._upload(host)
-            yield on_device.view(shape)
+            yield on_device
             copied()
 
     def _upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:

@@ -16,6 +16,9 @@ follows the size of the task vectors unless a number is given; steps with moment
 in A and are taken all at once (:mod:`merging.ops.chebyshev`); factors are not rounded to bfloat16;
 an expert equal to the base takes no part in a layer, where the source divides by 0.
 
+Adapters of no higher rank than K lose nothing to the truncation: the problem is WUDI's, and is
+solved through their factors (:mod:`merging.ops.low_rank`).
+
 Needs the base model, and all experts at once: the mean comes before what is made of each.
 Precision: float32 (float64 if the base or the first expert is), singular vectors of up to 2048
 rows or columns in float64; one rounding at the end.
@@ -33,13 +36,22 @@ from pydantic import Field
 
 from merging.layered import cost_by, merge_by
 from merging.method import MergeMethod, Precision, PresetParameters, Presets, register
-from merging.ops.forms import EIGH_FLOPS, Flops, Form, LayerShape
+from merging.ops.forms import (
+    EIGH_FLOPS,
+    Flops,
+    Form,
+    LayerShape,
+    adam_entries,
+    preparing_flops,
+    reading_entries,
+)
 from merging.ops.layer_method import LayerMethod, ProblemKind, Reading
 
 if TYPE_CHECKING:
     import torch
 
     from merging.ops.layer_method import LayerTask
+    from merging.ops.low_rank import Expert
     from merging.ops.problem import LayerProblem
 
 _MOMENTUM = 0.9
@@ -85,20 +97,29 @@ class OptMergeParameters(PresetParameters):
 def _low_rank_terms(*, center: bool) -> ProblemKind:
     """OptMerge's problem, with the mean in the targets or without."""
 
-    def read(base: torch.Tensor, experts: Iterator[torch.Tensor], reading: Reading) -> LayerProblem:
+    def read(base: torch.Tensor, experts: Iterator[Expert], reading: Reading) -> LayerProblem:
+        from merging.ops.layers import read_problem
         from merging.ops.low_rank_terms import read_low_rank_terms
 
+        if reading.form == "factors":
+            return read_problem(base, experts, reading)
         return read_low_rank_terms(
             base, list(experts), transposed=reading.transposed, center=center
         )
 
     def flops(shape: LayerShape) -> Flops:
         """Decompositions of each task vector, and the sums."""
-        rows, columns, num_experts = shape
+        rows, columns, num_experts, _ = shape
         side = min(rows, columns)
         product = 2.0 * rows * columns
         decomposition = product * 2 * side + 2.0 * EIGH_FLOPS * side**3
-        return {"gram": num_experts * (1 + center) * decomposition + product * (3 * side + columns)}
+        flops: dict[Form, float] = {
+            "gram": num_experts * (1 + center) * decomposition + product * (3 * side + columns)
+        }
+        truncated = shape.total_rank if center else max(shape.ranks, default=0)
+        if 0 < truncated <= side // num_experts:
+            flops["factors"] = preparing_flops(shape)["factors"]
+        return flops
 
     return ProblemKind(
         name=f"optmerge, {'centred' if center else 'as they are'}",
@@ -108,8 +129,10 @@ def _low_rank_terms(*, center: bool) -> ProblemKind:
     )
 
 
-def _reading_entries(shape: LayerShape, _: Form) -> int:
-    """T, its target and the mean; the sums; a decomposition in float64."""
+def _reading_entries(shape: LayerShape, form: Form) -> int:
+    """T, its target and the mean; the sums; a decomposition in float64. Or adapters."""
+    if form == "factors":
+        return reading_entries(shape, form)
     side = min(shape.rows, shape.columns)
     return _sums(shape) + 12 * side * side + 5 * shape.rows * shape.columns
 
@@ -163,15 +186,25 @@ def _descent(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
 
 
 def _flops(shape: LayerShape, parameters: OptMergeParameters) -> Flops:
-    """What reading takes, then one product per step; losses before and after."""
-    steps = parameters.steps if parameters.variant == "full" else _DESCENT_PRODUCTS
+    """What reading takes, then a product (or one forth and one back) per step and for losses."""
+    is_full = parameters.variant == "full"
+    steps = parameters.steps if is_full else _DESCENT_PRODUCTS
     product = 2.0 * shape.rows * shape.columns
-    preparing = _PROBLEMS[parameters.variant].flops(shape)["gram"]
-    return {"gram": preparing + product * shape.columns * (steps + 2)}
+    products: dict[Form, float] = {
+        "gram": product * shape.columns * (steps + 2),
+        "factors": product * shape.total_rank * (2 * steps + 2),
+    }
+    if not is_full:  # its steps are in coordinates
+        N = shape.total_rank
+        products["factors"] = 2.0 * shape.rows * N * N * steps + 3 * product * N
+    preparing = _PROBLEMS[parameters.variant].flops(shape)
+    return {form: flops + products[form] for form, flops in preparing.items()}
 
 
-def _entries(shape: LayerShape, _: Form, __: int, parameters: OptMergeParameters) -> int:
+def _entries(shape: LayerShape, form: Form, _: int, parameters: OptMergeParameters) -> int:
     """The sums, and what a step writes."""
+    if form == "factors":
+        return adam_entries(shape, form, 0, is_split=parameters.precision == "high")
     entries = _sums(shape) + 2 * shape.columns**2 + 5 * shape.rows * shape.columns
     if parameters.precision == "high":
         entries += 2 * shape.columns**2 + 3 * shape.rows * shape.columns
@@ -199,6 +232,10 @@ register(
         layer=LAYER,
         parameters=OptMergeParameters,
         separable="whole",
+        takes_adapters=True,
+        adapter_note=(
+            "OptMerge's published setting for adapters is variant 'lora' (preset qwen2-vl-lora)."
+        ),
         default_touch="linear",
         default_rest="mean",
     )

@@ -125,6 +125,7 @@ register(
         parameters=SwudiParameters,
         separable="rows",
         streaming=True,
+        takes_adapters=True,
         default_touch="linear",
         default_rest="mean",
     )

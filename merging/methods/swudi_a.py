@@ -72,6 +72,7 @@ register(
         parameters=SwudiAParameters,
         separable="rows",
         streaming=True,
+        takes_adapters=True,
         default_touch="linear",
         default_rest="mean",
         recommended=True,

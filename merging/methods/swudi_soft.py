@@ -138,6 +138,7 @@ register(
         parameters=SwudiSoftParameters,
         separable="rows",
         streaming=True,
+        takes_adapters=True,
         default_touch="linear",
         default_rest="mean",
     )

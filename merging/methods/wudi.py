@@ -115,6 +115,11 @@ register(
         parameters=WudiParameters,
         separable="rows",
         streaming=True,
+        takes_adapters=True,
+        adapter_note=(
+            "WUDI's Adam leaves the span of adapters: the merged update grows, and most of it is no"
+            " expert's. swudi_a, swudi_soft and wudi_cfs stay in it, and cost a fraction."
+        ),
         default_touch="linear",
         default_rest="mean",
     )

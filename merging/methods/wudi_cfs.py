@@ -107,6 +107,7 @@ register(
         parameters=WudiCfsParameters,
         separable="rows",
         streaming=True,
+        takes_adapters=True,
         default_touch="linear",
         default_rest="mean",
     )

@@ -1,10 +1,12 @@
 """Which form of a layer's problem is cheapest, by counted operations.
 
 The same problem can be written in the layer's I input columns, through I×I sums over experts
-(``gram``, :mod:`merging.ops.gram_form`), or in the rows of the E task vectors, R = E·O of them,
-through the R×I matrix of these rows and R×R products (``rows``, :mod:`merging.ops.row_form`). Both
-are exact. The first is cheaper for nearly every layer of a transformer; the second where a layer
-has few outputs and experts beside its inputs, R well below I.
+(``gram``, :mod:`merging.ops.gram_form`); in the rows of the E task vectors, R = E·O of them,
+through the R×I matrix of these rows and R×R products (``rows``, :mod:`merging.ops.row_form`); and
+that of adapters in the N input directions that they have between them (``factors``,
+:mod:`merging.ops.low_rank`). All are exact. The first is the cheapest for nearly every layer of a
+transformer; the second where a layer has few outputs and experts beside its inputs, R well below
+I; the third where all experts are adapters, unless these are many or of high rank.
 
 Planning counts with this module, so torch is not imported. Everything depends on shapes and
 parameters alone: a plan and the worker that runs it come to the same form.
@@ -16,8 +18,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
-Form = Literal["gram", "rows"]
-"""``gram``: through I×I sums over experts. ``rows``: through all rows of all task vectors."""
+Form = Literal["gram", "rows", "factors"]
+"""``gram``: through I×I sums over experts. ``rows``: through all rows of all task vectors.
+``factors``: through those of adapters."""
 
 Flops = Mapping[Form, float]
 """Operations of a whole merge by form; a form that is of no use is left out."""
@@ -38,16 +41,24 @@ _SYMMETRIC_SHARE = 0.625
 
 
 class LayerShape(NamedTuple):
-    """Output rows and input columns of a layer, and how many experts it has."""
+    """Output rows and input columns of a layer, how many experts it has, and their ranks if all are
+    adapters.
+    """
 
     rows: int
     columns: int
     num_experts: int
+    ranks: tuple[int, ...] = ()
 
     @property
     def stacked_rows(self) -> int:
         """Rows of all task vectors together, R."""
         return self.rows * self.num_experts
+
+    @property
+    def total_rank(self) -> int:
+        """Input directions of all adapters together, N."""
+        return min(sum(self.ranks), self.columns)
 
 
 def is_wide(rows: int, columns: int) -> bool:
@@ -63,8 +74,8 @@ def cheapest(flops: Flops) -> Form:
 def adam_flops(shape: LayerShape, steps: int) -> Flops:
     """Operations of that many gradient steps on M, by form.
 
-    A step is one O×I×I product, or one O×R×I product forth and one back. Losses before and after
-    are counted as one step each, or half of one.
+    A step is one O×I×I product, or one O×R×I (O×N×I) product forth and one back. Losses before and
+    after are counted as one step each, or half of one.
     """
     forth_and_back = 4.0 * shape.rows * shape.stacked_rows * shape.columns
     step = 2.0 * shape.rows * shape.columns**2
@@ -72,6 +83,7 @@ def adam_flops(shape: LayerShape, steps: int) -> Flops:
         shape,
         gram=step * (steps + 2),
         rows=forth_and_back * (steps + 1),
+        factors=4.0 * shape.rows * shape.total_rank * shape.columns * (steps + 1),
     )
 
 
@@ -88,30 +100,49 @@ def direct_flops(shape: LayerShape, solve: Callable[[int], float]) -> Flops:
         shape,
         gram=solve(shape.columns) + 2 * loss,
         rows=solve(shape.stacked_rows) + 3 * expand,
+        factors=solve(shape.total_rank) + 6.0 * shape.rows * shape.total_rank * shape.columns,
     )
 
 
 def preparing_flops(shape: LayerShape) -> Flops:
-    """Operations of reading the experts into a problem; rows only while fewer than columns."""
+    """Operations of reading the experts into a problem, by the forms that are of use.
+
+    Those other than ``gram`` are while they have fewer than I columns.
+    """
     product = 2.0 * shape.stacked_rows * shape.columns
+    expand = 2.0 * shape.rows * shape.columns * sum(shape.ranks)
     right = float(shape.columns)
     if is_wide(shape.rows, shape.columns):
         right = (1 + _SYMMETRIC_SHARE) * shape.rows
-    flops: dict[Form, float] = {"gram": product * (_SYMMETRIC_SHARE * shape.columns + right)}
+    flops: dict[Form, float] = {
+        "gram": expand + product * (_SYMMETRIC_SHARE * shape.columns + right)
+    }
     if shape.stacked_rows < shape.columns:
-        flops["rows"] = product * _SYMMETRIC_SHARE * shape.stacked_rows
+        flops["rows"] = expand + product * _SYMMETRIC_SHARE * shape.stacked_rows
+    if 0 < shape.total_rank < shape.columns:
+        flops["factors"] = _factor_flops(shape)
     return flops
 
 
-def _by_form(shape: LayerShape, *, gram: float, rows: float) -> Flops:
+def _factor_flops(shape: LayerShape) -> float:
+    """A basis; every adapter in it; sums over experts; the sum of the task vectors."""
+    N = shape.total_rank
+    basis = 4.0 * shape.columns * N * N
+    turned = 2.0 * (shape.rows + shape.columns) * N * sum(shape.ranks)
+    sums = 2.0 * shape.stacked_rows * N * N * (1 + _SYMMETRIC_SHARE)
+    return basis + turned + sums + 2.0 * shape.rows * shape.columns * N
+
+
+def _by_form(shape: LayerShape, *, gram: float, rows: float, factors: float) -> Flops:
     """Add what preparing a form takes."""
-    solving: dict[Form, float] = {"gram": gram, "rows": rows}
+    solving: dict[Form, float] = {"gram": gram, "rows": rows, "factors": factors}
     return {form: solving[form] + flops for form, flops in preparing_flops(shape).items()}
 
 
 def problem_size(shape: LayerShape, form: Form) -> int:
     """Rows and columns of the problem's symmetric matrix."""
-    return shape.columns if form == "gram" else shape.stacked_rows
+    sizes = {"gram": shape.columns, "rows": shape.stacked_rows, "factors": shape.total_rank}
+    return sizes[form]
 
 
 def exponential_degree(t: float, largest_eigenvalue: float = 1.0) -> int:
@@ -148,6 +179,9 @@ def reading_entries(shape: LayerShape, form: Form) -> int:
     if form == "gram":
         side = shape.rows if is_wide(shape.rows, shape.columns) else shape.columns
         return shape.columns**2 + side * side + 3 * entries
+    if form == "factors":
+        N = shape.total_rank
+        return entries + 3 * shape.columns * sum(shape.ranks) + 2 * N * N + 5 * shape.rows * N
     return shape.stacked_rows * shape.columns + 2 * entries
 
 
@@ -159,11 +193,13 @@ def adam_entries(shape: LayerShape, form: Form, row_block: int, *, is_split: boo
     block = min(row_block or shape.rows, shape.rows)
     inner = shape.columns
     entries = _prepared_entries(shape, form) + 3 * block * shape.columns
-    if form == "rows":
-        inner += shape.stacked_rows
-        entries += block * shape.stacked_rows
+    if form != "gram":
+        inner += problem_size(shape, form)
+        entries += block * problem_size(shape, form)
+    if form == "factors":
+        entries += shape.columns * shape.total_rank
     if is_split:
-        right = shape.columns**2 if form == "gram" else 2 * shape.stacked_rows * shape.columns
+        right = problem_size(shape, form) * shape.columns * (1 if form == "gram" else 2)
         entries += 3 * right // 2 + 5 * block * inner // 2
     return entries
 
@@ -190,5 +226,8 @@ def _prepared_entries(shape: LayerShape, form: Form) -> int:
     entries = shape.rows * shape.columns
     if form == "gram":
         return shape.columns**2 + 2 * entries
+    if form == "factors":
+        N = shape.total_rank
+        return entries + shape.columns * N + N * N + 3 * shape.rows * N
     rows = shape.stacked_rows
     return entries + rows * shape.columns + rows * rows + shape.rows * rows

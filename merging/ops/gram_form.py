@@ -10,7 +10,7 @@ import torch
 from merging.ops.blocks import block_size, inner_product
 from merging.ops.forms import Form, is_wide
 from merging.ops.precision import Precision, right_product
-from merging.ops.problem import HalfGradient, LayerProblem
+from merging.ops.problem import DenseProblem, HalfGradient
 
 _SYMMETRIC_BLOCKS = 4
 """10 of 16 blocks are computed; more blocks save little and multiply slower."""
@@ -19,7 +19,7 @@ _MIN_SYMMETRIC = 512
 """Below, blocks are too small to multiply at full speed."""
 
 
-class GramProblem(LayerProblem):
+class GramProblem(DenseProblem):
     """A and B as in :mod:`merging.ops.problem`; coordinates of an update are the update itself.
 
     A loss is what is left when c cancels against the rest: below about 1e-6 of c (float32) it is

@@ -27,6 +27,7 @@ from merging.ops.forms import (
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.low_rank import Expert
     from merging.ops.problem import LayerProblem
 
 
@@ -38,6 +39,7 @@ class LayerTask(Protocol):
     expert_parameters: Sequence[Any]
     row_block: int
     transposed: bool
+    ranks: tuple[int, ...]
     figures: dict[str, Any]
 
 
@@ -57,9 +59,7 @@ class Reading(NamedTuple):
     keep_weighted_total: bool = False
 
 
-def _read_wudi(
-    base: torch.Tensor, experts: Iterator[torch.Tensor], reading: Reading
-) -> LayerProblem:
+def _read_wudi(base: torch.Tensor, experts: Iterator[Expert], reading: Reading) -> LayerProblem:
     from merging.ops.layers import read_problem
 
     return read_problem(base, experts, reading)
@@ -77,7 +77,7 @@ class ProblemKind:
     """
 
     name: str
-    read: Callable[[torch.Tensor, Iterator[torch.Tensor], Reading], LayerProblem] = _read_wudi
+    read: Callable[[torch.Tensor, Iterator[Expert], Reading], LayerProblem] = _read_wudi
     flops: Callable[[LayerShape], Flops] = preparing_flops
     entries: Callable[[LayerShape, Form], int] = reading_entries
 

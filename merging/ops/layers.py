@@ -13,8 +13,9 @@ from merging.ops.figures import describe_solution, describe_start, warn
 from merging.ops.forms import LayerShape, cheapest
 from merging.ops.gram_form import GramProblem
 from merging.ops.layer_method import LayerMethod, LayerTask, LayerVariant, Reading, shared_flops
+from merging.ops.low_rank import Adapter, Expert, FactorProblem
 from merging.ops.precision import float32_products
-from merging.ops.problem import LayerProblem, SolveError
+from merging.ops.problem import DenseProblem, LayerProblem, SolveError
 from merging.ops.row_form import RowProblem
 
 Solve = Callable[[LayerProblem], torch.Tensor]
@@ -24,7 +25,7 @@ SolverTask = tuple[LayerMethod, LayerTask]
 
 
 def merge_layer(
-    base: torch.Tensor, experts: Iterator[torch.Tensor], tasks: Sequence[SolverTask]
+    base: torch.Tensor, experts: Iterator[Expert], tasks: Sequence[SolverTask]
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Merge a tensor in one or several variants that share a problem.
 
@@ -35,7 +36,7 @@ def merge_layer(
 
     Args:
         base: Tensor of the base model.
-        experts: Tensors of the experts, read one at a time.
+        experts: Tensors of the experts or adapters of the tensor, read one at a time.
         tasks: Solvers with their tasks, all of one tensor and one problem.
 
     Yields:
@@ -46,7 +47,7 @@ def merge_layer(
     """
     method, task = tasks[0]
     columns, rows = as_matrix(base, transposed=task.transposed).shape[::-1]
-    shape = LayerShape(rows, columns, len(task.expert_parameters))
+    shape = LayerShape(rows, columns, len(task.expert_parameters), task.ranks)
     variants = [LayerVariant(method, task.parameters) for method, task in tasks]
     form = cheapest(shared_flops(shape, variants))
     needs_weighted_total = any(m.needs_weighted_total(t.parameters) for m, t in tasks)
@@ -121,19 +122,19 @@ def as_matrix(tensor: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     return matrix.t() if transposed else matrix
 
 
-def read_problem(
-    base: torch.Tensor, experts: Iterator[torch.Tensor], reading: Reading
-) -> LayerProblem:
+def read_problem(base: torch.Tensor, experts: Iterator[Expert], reading: Reading) -> LayerProblem:
     """Sum up the problem of a layer, one expert at a time, holding on to no stored tensor.
 
     The work dtype is settled by the base and the first expert, before the others are seen.
 
     Args:
         base: Tensor of the base model.
-        experts: Tensors of the experts.
+        experts: Tensors of the experts or adapters of the tensor.
         reading: What is needed of it.
     """
-    problem: LayerProblem | None = None
+    if reading.form == "factors":
+        return _read_adapters(base, experts, transposed=reading.transposed)
+    problem: DenseProblem | None = None
     T = torch.empty(0)
     for expert in experts:
         if problem is None:
@@ -147,22 +148,40 @@ def read_problem(
     return problem
 
 
-def _new_problem(like: torch.Tensor, reading: Reading) -> LayerProblem:
+def _read_adapters(
+    base: torch.Tensor, experts: Iterator[Expert], *, transposed: bool
+) -> LayerProblem:
+    """The problem of a layer whose experts are all adapters, without a dense task vector."""
+    adapters = [_as_layer(expert, transposed=transposed) for expert in experts]
+    return FactorProblem(new_task_vector(base, adapters[0], transposed=transposed), adapters)
+
+
+def _as_layer(expert: Expert, *, transposed: bool) -> Adapter:
+    """An adapter of a stored tensor as one of the layer, O×I."""
+    assert isinstance(expert, Adapter), "a task has ranks only where all experts are adapters"
+    return expert.transpose() if transposed else expert
+
+
+def _new_problem(like: torch.Tensor, reading: Reading) -> DenseProblem:
     if reading.form == "rows":
         return RowProblem(like, reading.num_experts)
     return GramProblem(like, keep_weighted_total=reading.keep_weighted_total)
 
 
-def new_task_vector(base: torch.Tensor, expert: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+def new_task_vector(base: torch.Tensor, expert: Expert, *, transposed: bool) -> torch.Tensor:
     """An uninitialised matrix for task vectors, in the work dtype of the two."""
     shape = as_matrix(base, transposed=transposed).shape
-    return torch.empty(shape, dtype=work_dtype((base, expert)), device=base.device)
+    like = expert.up if isinstance(expert, Adapter) else expert
+    return torch.empty(shape, dtype=work_dtype((base, like)), device=base.device)
 
 
 def write_task_vector(
-    T: torch.Tensor, base: torch.Tensor, expert: torch.Tensor, *, transposed: bool
+    T: torch.Tensor, base: torch.Tensor, expert: Expert, *, transposed: bool
 ) -> None:
-    """Write expert minus base to a matrix, both raised to its dtype first."""
+    """Write expert minus base to a matrix, both raised to its dtype first, or an adapter's part."""
+    if isinstance(expert, Adapter):
+        _as_layer(expert, transposed=transposed).write(T)
+        return
     T.copy_(as_matrix(expert, transposed=transposed))
     for T_rows, base_rows in _row_blocks(T, as_matrix(base, transposed=transposed)):
         T_rows.sub_(base_rows)

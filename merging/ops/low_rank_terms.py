@@ -10,11 +10,12 @@ import torch
 from merging.ops.blocks import inner_product
 from merging.ops.gram_form import GramProblem
 from merging.ops.layers import new_task_vector, write_task_vector
+from merging.ops.low_rank import Expert
 from merging.ops.truncation import truncate
 
 
 def read_low_rank_terms(
-    base: torch.Tensor, experts: Sequence[torch.Tensor], *, transposed: bool, center: bool
+    base: torch.Tensor, experts: Sequence[Expert], *, transposed: bool, center: bool
 ) -> GramProblem:
     """The problem Σ_i w_i ‖(M − T̂_i) P_iᵀ‖²_F of Wei et al. (ICLR 2026, arXiv:2505.19892).
 
@@ -23,7 +24,7 @@ def read_low_rank_terms(
 
     Args:
         base: Tensor of the base model.
-        experts: Tensors of the experts.
+        experts: Tensors of the experts or adapters of the tensor.
         transposed: They are stored in×out.
         center: T̂_i is the mean of the task vectors plus the part of rank K of T_i less the mean;
             else the part of rank K of T_i.

@@ -13,10 +13,10 @@ Multiplied out it is a quadratic in M, with a gradient of one matrix product on 
 so nothing is left of the experts but sums. The trace of A is the number of task vectors that are
 not zero: A has no unit, whatever the size of the task vectors.
 
-There are two forms of it, :mod:`merging.ops.gram_form` and :mod:`merging.ops.row_form`, of which
-:mod:`merging.ops.forms` finds the cheaper. Solvers that need the right side only through functions
-of A (closed forms and spectral filters) run in a form's *coordinates*: on X, from which
-:meth:`LayerProblem.expand` makes M.
+There are three forms of it, :mod:`merging.ops.gram_form`, :mod:`merging.ops.row_form` and, for
+adapters, :mod:`merging.ops.low_rank`; :mod:`merging.ops.forms` finds the cheapest. Solvers that
+need the right side only through functions of A (closed forms and spectral filters) run in a form's
+*coordinates*: on X, which :meth:`LayerProblem.store` expands to M.
 
 Precision: task vectors are formed in the work dtype (inputs are raised first, then subtracted) and
 normalised before they are multiplied, so that nothing over- or underflows at any scale.
@@ -46,7 +46,7 @@ class SolveError(Exception):
 
 
 class LayerProblem(ABC):
-    """A layer's problem, summed up expert by expert in recipe order.
+    """A layer's problem, which has been read or is being summed up.
 
     Args:
         like: A matrix of the layer's shape (O×I), in the work dtype, on the device to work on.
@@ -91,21 +91,6 @@ class LayerProblem(ABC):
         squares = [norm * norm for norm in self.nonzero_norms]
         return math.sqrt(sum(squares) / max(1, len(squares) * self.total.numel()))
 
-    def accumulate(self, T: torch.Tensor) -> None:
-        """Add one task vector (contiguous, O×I); its memory is used as scratch.
-
-        A zero one has no weight and takes no part.
-        """
-        norm = math.sqrt(inner_product(T, T))
-        self.norms.append(norm)
-        if norm == 0:
-            return
-        self.total.add_(T)
-        self._add(T.div_(norm), norm)
-
-    def finish(self) -> None:  # noqa: B027 - there is nothing to do in the form with sums
-        """To be called after the last task vector, before anything is solved."""
-
     def once(self, compute: Callable[[LayerProblem], Known]) -> Known:
         """What a function says of the problem as it was read; computed once, for all variants."""
         if compute not in self._known:
@@ -140,6 +125,26 @@ class LayerProblem(ABC):
     @abstractmethod
     def loss(self, M: torch.Tensor) -> float:
         """L(M) of an update (O×I)."""
+
+
+class DenseProblem(LayerProblem):
+    """A problem that is summed up from dense task vectors, one by one in recipe order."""
+
+    def accumulate(self, T: torch.Tensor) -> None:
+        """Add one task vector (contiguous, O×I); its memory is used as scratch.
+
+        A zero one has no weight and takes no part.
+        """
+        norm = math.sqrt(inner_product(T, T))
+        self.norms.append(norm)
+        if norm == 0:
+            return
+        self.total.add_(T)
+        self._add(T.div_(norm), norm)
+
+    @abstractmethod
+    def finish(self) -> None:
+        """To be called after the last task vector, before anything is solved."""
 
     @abstractmethod
     def _add(self, T: torch.Tensor, norm: float) -> None:

@@ -20,10 +20,10 @@ from merging.ops.blocks import block_size, inner_product
 from merging.ops.forms import Form
 from merging.ops.gram_form import symmetric_product
 from merging.ops.precision import Precision, right_product
-from merging.ops.problem import HalfGradient, LayerProblem
+from merging.ops.problem import DenseProblem, HalfGradient
 
 
-class RowProblem(LayerProblem):
+class RowProblem(DenseProblem):
     """Holds the rows of all task vectors that take part; coordinates are O×R.
 
     Args:

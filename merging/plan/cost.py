@@ -8,6 +8,8 @@ What a worker holds while it works on one problem, from how it works:
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
   hold all their inputs. Added: the method's workspace, in which its float32 result is counted, and
   the result in its output type.
+- An adapter's factors are read whole and held in float32 while the tensor is worked on. Where a
+  method needs the expert that they make, that is a float32 tensor (or tile) more.
 - Methods compute in float64 if an input is float64: their workspace is then twice as large.
 
 ``device_bytes`` is what of that is where the solving is done: everything but the cast result.
@@ -27,7 +29,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from merging.dtypes import ITEM_SIZE
 from merging.method import Geometry, MergeMethod, Step
+from merging.plan.plan import Problem
 
 TILE_MULTIPLE = 1 << 16
 """Tiles are cut at multiples of this many entries, so that every tile starts aligned."""
@@ -95,10 +99,13 @@ class Load:
         shape: Of the tensor, as stored.
         transposed: It is stored in×out.
         base_bytes: Stored bytes of the base tensor; 0 if there is none.
-        expert_bytes: Stored bytes of each expert's tensor.
+        expert_bytes: Stored bytes of each expert's tensor that is read.
         item_size: Bytes of an entry of the result.
         is_double: An input is float64, so that the method computes in float64.
         result_entries: Of the result, where it is not of the inputs' shape.
+        factor_bytes: Stored bytes of each factor of the experts' adapters.
+        ranks: Of the experts' adapters, 0 for an expert without; empty if each expert is one stored
+            tensor.
     """
 
     shape: tuple[int, ...]
@@ -108,11 +115,38 @@ class Load:
     item_size: int
     is_double: bool = False
     result_entries: int | None = None
+    factor_bytes: Sequence[int] = ()
+    ranks: tuple[int, ...] = ()
 
     @property
     def geometry(self) -> Geometry:
         """As the method's cost function sees it."""
-        return Geometry(self.shape, len(self.expert_bytes), transposed=self.transposed)
+        num_experts = len(self.ranks) or len(self.expert_bytes)
+        ranks = () if self.expert_bytes else self.ranks
+        return Geometry(self.shape, num_experts, transposed=self.transposed, ranks=ranks)
+
+    @property
+    def num_adapters(self) -> int:
+        """Experts of which an adapter is a part."""
+        return sum(rank > 0 for rank in self.ranks)
+
+
+def problem_load(problem: Problem) -> Load:
+    """What the cost of a problem depends on."""
+    factors = problem.factor_positions
+    first = 1 if problem.base else 0
+    sources = list(enumerate(problem.experts, first))
+    return Load(
+        shape=problem.input_shape,
+        transposed=problem.transposed,
+        base_bytes=problem.base.num_bytes if problem.base else 0,
+        expert_bytes=tuple(s.num_bytes for place, s in sources if place not in factors),
+        item_size=ITEM_SIZE[problem.dtype],
+        is_double=any(source.dtype == "F64" for source in problem.sources),
+        result_entries=problem.num_entries if problem.source_shape else None,
+        factor_bytes=tuple(s.num_bytes for place, s in sources if place in factors),
+        ranks=tuple(part.rank for part in problem.parts),
+    )
 
 
 def takes_matrices(method: MergeMethod) -> bool:
@@ -130,6 +164,27 @@ def tile_entries(num_entries: int, bytes_read: int, memory_budget: int) -> int:
     per_entry = max(1, bytes_read // max(num_entries, 1))
     fitting = group_limit(memory_budget) // per_entry // TILE_MULTIPLE * TILE_MULTIPLE
     return max(TILE_MULTIPLE, fitting)
+
+
+def expansion_flops(num_entries: int, ranks: Sequence[int]) -> float:
+    """Operations of making a tensor's experts from the factors of adapters."""
+    return 2.0 * num_entries * sum(ranks)
+
+
+def _adapter_entries(method: Step, load: Load, num_entries: int) -> int:
+    """Numbers held of adapters: their factors, and the experts (or tiles of them) made of these.
+
+    A method that takes adapters gets an expert that has a tensor of its own beside one expanded,
+    one at a time.
+    """
+    if not load.num_adapters:
+        return 0
+    rows, columns = load.geometry.matrix
+    factors = sum(load.ranks) * (rows + columns)
+    if method.takes_adapters:
+        return factors + (num_entries if load.expert_bytes else 0)
+    stored_columns = rows if load.transposed else columns
+    return factors + num_entries * load.num_adapters + ROW_MULTIPLE * stored_columns
 
 
 def problem_cost(method: Step | None, parameters: Any, load: Load, budgets: Budgets) -> ProblemCost:
@@ -157,19 +212,27 @@ def _cost(
     method: Step | None, parameters: Any, load: Load, budgets: Budgets, row_block: int
 ) -> ProblemCost:
     geometry = dataclasses.replace(load.geometry, row_block=row_block)
-    flops = method.cost(geometry, parameters).flops if method else 0.0
     entries = geometry.num_entries
+    flops = method.cost(geometry, parameters).flops if method else 0.0
+    if method is not None and not method.takes_adapters:
+        flops += expansion_flops(entries, load.ranks)
     inputs = load.base_bytes + sum(load.expert_bytes)
     if method is None or method.separable in ("elementwise", "sum"):
-        tile = min(entries, tile_entries(entries, inputs, budgets.host))
+        expanded = inputs + _FLOAT32_BYTES * entries * load.num_adapters
+        tile = min(entries, tile_entries(entries, expanded, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry
         entries = tile
+        inputs += sum(load.factor_bytes)
     elif method.streaming:
-        inputs = load.base_bytes + sum(sorted(load.expert_bytes)[-2:])
+        read = sorted((*load.expert_bytes, *load.factor_bytes))
+        inputs = load.base_bytes + sum(read[-2:])
+    else:
+        inputs += sum(load.factor_bytes)
     workspace = 0
     if method is not None:
         workspace = max(method.cost(geometry, parameters).workspace_bytes, entries * _FLOAT32_BYTES)
+        workspace += _adapter_entries(method, load, entries) * _FLOAT32_BYTES
         workspace *= 2 if load.is_double else 1
     result = (entries if load.result_entries is None else load.result_entries) * load.item_size
     on_host = inputs + result + (workspace if budgets.device is None else 0)

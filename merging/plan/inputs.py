@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from merging.checkpoint.index import CheckpointIndex, read_checkpoint_index
-from merging.errors import Fault, MergeError, RecipeError
+from merging.checkpoint.adapter import AdapterIndex, read_model_index
+from merging.checkpoint.index import CheckpointIndex
+from merging.errors import CheckpointError, Fault, MergeError, RecipeError
 from merging.method import MergeMethod, get_method
+from merging.plan.adapters import AdaptedTensor, fit_adapter
 from merging.recipe import Recipe
+from merging.recipe.addresses import split_adapter
 from merging.recipe.parse import count_problem
 from merging.storage.base import Storage
 
@@ -18,15 +21,24 @@ _INDEX_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One expert: its checkpoint, and its place under ``models`` in the recipe."""
+    """One expert.
+
+    Attributes:
+        index: Its checkpoint; of an adapter, the model that it is put on.
+        entry: Its place under ``models`` in the recipe.
+        adapter: What is put on the checkpoint, if anything is.
+        adapted: What that makes of the checkpoint's tensors, by name.
+    """
 
     index: CheckpointIndex
     entry: int
+    adapter: AdapterIndex | None = None
+    adapted: Mapping[str, AdaptedTensor] = field(default_factory=dict)
 
     @property
     def pointer(self) -> str:
         """JSON pointer to its address."""
-        return f"/models/{self.entry}/model"
+        return _pointer(self.entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,51 +78,153 @@ def read_inputs(recipe: Recipe, storage: Storage, output_uri: str) -> Inputs:
         output_uri: Normalised address of the output, which may not touch an input.
 
     Raises:
-        RecipeError: ``incompatible_options``: the output is inside an input, or the number of
-            experts does not suit the method.
-        CheckpointError: A checkpoint is damaged.
+        RecipeError: ``incompatible_options``: the output is inside an input, the number of experts
+            does not suit the method, or an adapter has no model to be put on.
+        CheckpointError: A checkpoint is damaged, or an adapter does not fit its model.
         StorageError: An address is not allowed, or cannot be read.
     """
     method = get_method(recipe.merge_method)
-    named = [(f"/models/{i}/model", entry.model) for i, entry in enumerate(recipe.models)]
-    if recipe.base_model is not None:
-        named.append(("/base_model", recipe.base_model))
-    uris = _normalise(named, storage)
-    base = uris.get("/base_model")
-    model_uris = [uris[pointer] for pointer, _ in named[: len(recipe.models)]]
+    models = _Models(recipe, storage)
+    uses_base = method.uses_base(is_named=models.base is not None)
     chosen = [
-        (number, uri)
-        for number, uri in enumerate(model_uris)
-        if not (method.uses_base(is_named=base is not None) and uri == base)
+        number
+        for number, (model, adapter) in enumerate(models.entries)
+        if not (uses_base and adapter is None and model == models.base)
     ]
     problem = count_problem(method, len(chosen))
     if problem is not None:
         fault = Fault("/models", "incompatible_options", problem)
         raise RecipeError(problem, code="incompatible_options", faults=[fault])
-    _check_output(output_uri, uris)
-    indexes = _read_indexes(uris, storage)
-    return Inputs(
-        method=method,
-        base=indexes[base] if base is not None else None,
-        experts=tuple(Expert(indexes[uri], number) for number, uri in chosen),
-    )
+    _check_output(output_uri, models.pointers)
+    models.read(storage)
+    base = models.checkpoint(models.base) if models.base is not None else None
+    return Inputs(method=method, base=base, experts=models.experts(chosen))
 
 
-def _normalise(named: Sequence[tuple[str, str]], storage: Storage) -> dict[str, str]:
-    """Normalised addresses by pointer."""
-    uris: dict[str, str] = {}
-    failures: list[tuple[str, MergeError]] = []
-    for pointer, model in named:
+def _pointer(entry: int) -> str:
+    return f"/models/{entry}/model"
+
+
+class _Models:
+    """The folders that a recipe names.
+
+    Attributes:
+        base: Normalised address of the base model.
+        entries: Those under ``models``: of the model, and of an adapter on it.
+        pointers: Every address once, with the first place in the recipe that names it.
+    """
+
+    def __init__(self, recipe: Recipe, storage: Storage) -> None:
+        self.pointers: dict[str, str] = {}
+        self._failures: list[tuple[str, MergeError]] = []
+        self._indexes: dict[str, CheckpointIndex | AdapterIndex] = {}
+        self.entries: list[tuple[str, str | None]] = []
+        for number, entry in enumerate(recipe.models):
+            model, adapter = split_adapter(entry.model)
+            uri = self._normalise(model, _pointer(number), storage)
+            on_it = adapter and self._normalise(adapter, _pointer(number), storage)
+            self.entries.append((uri, on_it))
+        self.base: str | None = None
+        if recipe.base_model is not None:
+            self.base = self._normalise(recipe.base_model, "/base_model", storage)
+        raise_together(self._failures)
+
+    def _normalise(self, address: str, pointer: str, storage: Storage) -> str:
         try:
-            uris[pointer] = storage.normalise(model)
+            uri = storage.normalise(address)
         except MergeError as error:
-            failures.append((pointer, error))
-    raise_together(failures)
-    return uris
+            self._failures.append((pointer, error))
+            return ""
+        self.pointers.setdefault(uri, pointer)
+        return uri
+
+    def read(self, storage: Storage) -> None:
+        """Read the index of each, several at a time."""
+
+        def read(uri: str) -> CheckpointIndex | AdapterIndex | MergeError:
+            try:
+                return read_model_index(storage, uri)
+            except MergeError as error:
+                return error
+
+        with ThreadPoolExecutor(min(_INDEX_THREADS, len(self.pointers))) as pool:
+            results = dict(zip(self.pointers, pool.map(read, self.pointers), strict=True))
+        raise_together(
+            [(self.pointers[uri], e) for uri, e in results.items() if isinstance(e, MergeError)]
+        )
+        self._indexes = {
+            u: found for u, found in results.items() if not isinstance(found, MergeError)
+        }
+
+    def checkpoint(self, uri: str) -> CheckpointIndex:
+        """The checkpoint at an address.
+
+        Raises:
+            RecipeError: ``incompatible_options``: it is an adapter.
+        """
+        index = self._indexes[uri]
+        if isinstance(index, CheckpointIndex):
+            return index
+        detail = (
+            f"{uri} is an adapter where a whole model is expected. Name the model that it was"
+            " trained on as base_model, and the adapter under 'models'."
+        )
+        fault = Fault(self.pointers[uri], "incompatible_options", detail)
+        raise RecipeError(detail, code="incompatible_options", faults=[fault])
+
+    def experts(self, chosen: Sequence[int]) -> tuple[Expert, ...]:
+        """The experts at these places.
+
+        Raises:
+            RecipeError: ``incompatible_options``: an adapter without a model, or the other way
+                around.
+            CheckpointError: With all that does not fit between adapters and their models.
+        """
+        experts = []
+        faults: list[Fault] = []
+        for number in chosen:
+            model, adapter = self._parts(number)
+            if adapter is None:
+                experts.append(Expert(model, number))
+                continue
+            adapted, wrong = fit_adapter(adapter, model, _pointer(number))
+            faults += wrong
+            experts.append(Expert(model, number, adapter, adapted))
+        if faults:
+            more = f" ({len(faults) - 1} more.)" if len(faults) > 1 else ""
+            raise CheckpointError(
+                faults[0].detail + more,
+                code=faults[0].code,
+                faults=faults,
+            )
+        return tuple(experts)
+
+    def _parts(self, number: int) -> tuple[CheckpointIndex, AdapterIndex | None]:
+        """The checkpoint of an entry, and the adapter on it."""
+        model_uri, adapter_uri = self.entries[number]
+        index = self._indexes[model_uri]
+        if adapter_uri is not None:
+            adapter = self._indexes[adapter_uri]
+            if isinstance(adapter, AdapterIndex):
+                return self.checkpoint(model_uri), adapter
+            detail = (
+                f"{adapter_uri}, behind the '+', is a whole model where an adapter is expected."
+            )
+        elif isinstance(index, CheckpointIndex):
+            return index, None
+        elif self.base is not None:
+            return self.checkpoint(self.base), index
+        else:
+            detail = (
+                f"{model_uri} is an adapter, and the recipe names no base_model to put it on. Name"
+                " the model with it: 'model+adapter'."
+            )
+        fault = Fault(_pointer(number), "incompatible_options", detail)
+        raise RecipeError(detail, code="incompatible_options", faults=[fault])
 
 
-def _check_output(output_uri: str, uris: dict[str, str]) -> None:
-    for pointer, uri in uris.items():
+def _check_output(output_uri: str, pointers: Mapping[str, str]) -> None:
+    for uri, pointer in pointers.items():
         inner, outer = sorted((uri, output_uri), key=len, reverse=True)
         if inner == outer or inner.startswith(f"{outer}/"):
             relation = (
@@ -126,25 +240,6 @@ def _check_output(output_uri: str, uris: dict[str, str]) -> None:
                 faults=[Fault(pointer, "incompatible_options", detail)],
                 context={"uri": output_uri},
             )
-
-
-def _read_indexes(uris: dict[str, str], storage: Storage) -> dict[str, CheckpointIndex]:
-    """Indexes by address, each checkpoint read once."""
-    pointers = {uri: pointer for pointer, uri in reversed(uris.items())}
-    unique = list(dict.fromkeys(uris.values()))
-
-    def read(uri: str) -> CheckpointIndex | MergeError:
-        try:
-            return read_checkpoint_index(storage, uri)
-        except MergeError as error:
-            return error
-
-    with ThreadPoolExecutor(min(_INDEX_THREADS, len(unique))) as pool:
-        results = dict(zip(unique, pool.map(read, unique), strict=True))
-    raise_together(
-        [(pointers[uri], found) for uri, found in results.items() if isinstance(found, MergeError)]
-    )
-    return {uri: found for uri, found in results.items() if isinstance(found, CheckpointIndex)}
 
 
 def raise_together(failures: Sequence[tuple[str, MergeError]]) -> None:

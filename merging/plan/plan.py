@@ -54,6 +54,26 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
         return self.end - self.start
 
 
+class Parts(msgspec.Struct, frozen=True, array_like=True):
+    """What an expert's tensor is put together from.
+
+    It starts as a stored tensor, or as the base; an adapter adds ``scaling · up @ down``.
+
+    Attributes:
+        is_stored: A tensor is read for it; else it starts as the base, without a read of its own.
+        rank: Of the adapter, whose two factors are read after that; 0 if there is none.
+        scaling: Of the adapter.
+        flipped: The factors are those of the transposed tensor: the first one read is
+            rank×rows of the stored tensor, the second columns×rank. Otherwise the first is
+            rank×columns and the second rows×rank.
+    """
+
+    is_stored: bool = True
+    rank: int = 0
+    scaling: float = 1.0
+    flipped: bool = False
+
+
 class Setting(msgspec.Struct, frozen=True):
     """A method with resolved parameters, shared by all problems that use the same ones.
 
@@ -75,7 +95,7 @@ class Problem(msgspec.Struct, frozen=True):
         dtype: safetensors dtype of the output tensor.
         setting: Index into the plan's settings.
         base: The base tensor; None if the method uses none.
-        experts: Expert tensors in recipe order.
+        experts: What is read for the experts, in recipe order.
         row_block: Rows solved at a time (multiple of 64); 0 means all.
         transposed: Stored in×out (GPT-2's Conv1D).
         flops: Estimated operations.
@@ -85,6 +105,8 @@ class Problem(msgspec.Struct, frozen=True):
         layer: Its layer number, or -1 outside the layers.
         source_shape: Shape of the inputs where it is another one.
         given: Small results of earlier shards, read once for the shard.
+        parts: What makes each expert, in recipe order; empty if each is one stored tensor.
+        sees_base: The method gets the base; otherwise only experts are made of it.
     """
 
     tensor_name: str
@@ -102,6 +124,8 @@ class Problem(msgspec.Struct, frozen=True):
     layer: int = -1
     source_shape: tuple[int, ...] | None = None
     given: tuple[Source, ...] = ()
+    parts: tuple[Parts, ...] = ()
+    sees_base: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -117,6 +141,38 @@ class Problem(msgspec.Struct, frozen=True):
     def sources(self) -> tuple[Source, ...]:
         """Base first if there is one, then experts in order."""
         return (self.base, *self.experts) if self.base else self.experts
+
+    @property
+    def factor_positions(self) -> frozenset[int]:
+        """Positions among :attr:`sources` of adapters' factors."""
+        found: list[int] = []
+        position = 1 if self.base else 0
+        for part in self.parts:
+            position += part.is_stored
+            if part.rank:
+                found += (position, position + 1)
+                position += 2
+        return frozenset(found)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return len(self.parts) or len(self.experts)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the experts if all are adapters of the base; else empty."""
+        if any(part.is_stored for part in self.parts):
+            return ()
+        return tuple(part.rank for part in self.parts)
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of all its inputs, where an expert with an adapter is a float32 tensor beside."""
+        factors = self.factor_positions
+        stored = [s.num_bytes for n, s in enumerate(self.sources) if n not in factors]
+        entries = math.prod(self.input_shape)
+        return sum(stored) + 4 * entries * sum(part.rank > 0 for part in self.parts)
 
     @property
     def bytes_read(self) -> int:

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex
 from merging.dtypes import is_float, recipe_name
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.cost import Budgets
 from merging.plan.fit import check_fit
-from merging.plan.inputs import Inputs, read_inputs
+from merging.plan.inputs import Expert, Inputs, read_inputs
 from merging.plan.packing import data_bytes, pack
 from merging.plan.plan import (
     PLAN_FORMAT,
@@ -164,13 +165,21 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _inputs(inputs: Inputs) -> tuple[Input, ...]:
     base = [Input(inputs.base.uri, "base", checkpoint_digest(inputs.base))] if inputs.base else []
-    return (
-        *base,
-        *(Input(e.index.uri, "expert", checkpoint_digest(e.index)) for e in inputs.experts),
-    )
+    return (*base, *(_expert_input(expert, inputs.base) for expert in inputs.experts))
 
 
-def checkpoint_digest(index: CheckpointIndex) -> str:
+def _expert_input(expert: Expert, base: CheckpointIndex | None) -> Input:
+    """An expert; one that is an adapter of the base model goes by the adapter's address."""
+    digest = checkpoint_digest(expert.index)
+    adapter = expert.adapter
+    if adapter is None:
+        return Input(expert.index.uri, "expert", digest)
+    uri = adapter.uri if expert.index is base else f"{expert.index.uri}+{adapter.uri}"
+    both = "\n".join((digest, checkpoint_digest(adapter), adapter.config_version))
+    return Input(uri, "expert", f"sha256:{hashlib.sha256(both.encode()).hexdigest()}")
+
+
+def checkpoint_digest(index: CheckpointIndex | AdapterIndex) -> str:
     """``sha256:…`` over names, sizes and versions of the weight files (not over the weights)."""
     digest = hashlib.sha256()
     for file in index.files:

@@ -6,13 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
-from merging.dtypes import ITEM_SIZE, RECIPE_NAMES, WRITABLE_FLOATS, is_float
+from merging.dtypes import RECIPE_NAMES, WRITABLE_FLOATS, is_float
 from merging.errors import Fault, PlanError, RecipeError
 from merging.method import MergeMethod, get_method
-from merging.plan.cost import Budgets, Load, ProblemCost, problem_cost, takes_matrices
-from merging.plan.inputs import Inputs
-from merging.plan.plan import COPY, Problem, Source, SourceFile
+from merging.plan.adapters import AdaptedTensor
+from merging.plan.cost import (
+    Budgets,
+    Load,
+    ProblemCost,
+    problem_cost,
+    problem_load,
+    takes_matrices,
+)
+from merging.plan.inputs import Expert, Inputs
+from merging.plan.plan import COPY, Parts, Problem, Source, SourceFile
 from merging.plan.settings import SettingTable
 from merging.plan.tensors import shorten_list
 from merging.recipe import Recipe
@@ -46,6 +57,15 @@ class _Tensor:
     tower: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """What an expert's tensor is made of."""
+
+    parts: Parts
+    stored: tuple[Source, ...]
+    factors: tuple[Source, ...]
+
+
 class ProblemBuilder:
     """Builds the problems of one merge.
 
@@ -63,6 +83,8 @@ class ProblemBuilder:
         self._budgets = budgets
         self._dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
         self._touches = _touch(recipe, inputs)
+        self._uses_base = inputs.method.uses_base(is_named=inputs.base is not None)
+        self._has_adapters = any(e.adapter and e.index is inputs.donor for e in inputs.experts)
         self._rest_is_mean = _rest_is_mean(recipe, inputs)
         self._file_numbers: dict[str, int] = {}
         self._costs: dict[tuple[int, Load], ProblemCost] = {}
@@ -119,47 +141,69 @@ class ProblemBuilder:
 
     def _problem(self, tensor: _Tensor, num_layers: int, *, is_touched: bool) -> Problem:
         entry, role = tensor.entry, tensor.role
-        donor = self._inputs.donor
-        base: tuple[CheckpointIndex, ...] = ()
-        experts = [expert.index for expert in self._inputs.experts]
-        if is_touched:
-            setting = self.settings.merge(entry.name, layer_position(role.layer, num_layers))
-            is_named = self._inputs.base is not None
-            base = (donor,) if self._inputs.method.uses_base(is_named=is_named) else ()
-        elif is_float(entry.dtype) and self._rest_is_mean:
-            setting = self.settings.mean()
-        else:
+        experts = self._experts(entry, is_touched=is_touched)
+        sees_base = is_touched and self._uses_base
+        base = None
+        if not experts or sees_base or any(not one.parts.is_stored for one in experts):
+            base = self._source(self._inputs.donor, entry)
+        if not experts:
             setting = self.settings.copy()
-            base, experts = (donor,), []
-        stored = [index.tensors[entry.name].dtype for index in (*base, *experts)]
-        dtype = (self._dtype or promote(stored)) if is_float(entry.dtype) else entry.dtype
-        load = Load(
-            shape=entry.shape,
-            transposed=role.transposed,
-            base_bytes=sum(_stored_bytes(index, entry.name) for index in base),
-            expert_bytes=tuple(_stored_bytes(index, entry.name) for index in experts),
-            item_size=ITEM_SIZE[dtype],
-            is_double="F64" in stored,
-        )
-        cost = self._cost(setting, load)
-        return Problem(
+        elif is_touched:
+            setting = self.settings.merge(entry.name, layer_position(role.layer, num_layers))
+        else:
+            setting = self.settings.mean()
+        stored = [source for one in experts for source in one.stored]
+        types = [source.dtype for source in (base, *stored) if source is not None]
+        parts = tuple(one.parts for one in experts)
+        problem = Problem(
             tensor_name=entry.name,
             shape=entry.shape,
-            dtype=dtype,
+            dtype=(self._dtype or promote(types)) if is_float(entry.dtype) else entry.dtype,
             setting=setting,
-            base=self._source(base[0], entry.name) if base else None,
-            experts=tuple(self._source(index, entry.name) for index in experts),
-            row_block=cost.row_block,
+            base=base,
+            experts=tuple(source for one in experts for source in (*one.stored, *one.factors)),
             transposed=role.transposed,
+            role=role.kind,
+            layer=role.layer,
+            sees_base=sees_base,
+            parts=() if all(part == Parts() for part in parts) else parts,
+        )
+        cost = self._cost(setting, problem_load(problem))
+        return msgspec.structs.replace(
+            problem,
+            row_block=cost.row_block,
             flops=cost.flops,
             host_bytes=cost.host_bytes,
             device_bytes=cost.device_bytes,
-            role=role.kind,
-            layer=role.layer,
         )
 
-    def _source(self, index: CheckpointIndex, name: str) -> Source:
-        entry = index.tensors[name]
+    def _experts(self, entry: TensorEntry, *, is_touched: bool) -> list[_Expert]:
+        """What each expert's tensor is made of; nothing if the base's is taken over.
+
+        It is where no adapter has changed it: a combination of the base with itself is the base
+        (but for methods without a base, whose weights need not add up to 1).
+        """
+        if not (is_float(entry.dtype) and (is_touched or self._rest_is_mean)):
+            return []
+        experts = [self._expert(expert, entry.name) for expert in self._inputs.experts]
+        is_sum = is_touched and not self._uses_base
+        is_unchanged = not any(one.stored or one.factors for one in experts)
+        return [] if is_unchanged and not is_sum else experts
+
+    def _expert(self, expert: Expert, name: str) -> _Expert:
+        adapted = expert.adapted.get(name, AdaptedTensor())
+        stored: tuple[Source, ...] = ()
+        factors: tuple[Source, ...] = ()
+        if expert.adapter is not None:
+            factors = tuple(self._source(expert.adapter, entry) for entry in adapted.factors)
+        if expert.adapter is not None and adapted.replacement is not None:
+            stored = (self._source(expert.adapter, adapted.replacement),)
+        elif not (self._has_adapters and expert.index is self._inputs.donor):
+            stored = (self._source(expert.index, expert.index.tensors[name]),)
+        parts = Parts(bool(stored), adapted.rank, adapted.scaling, adapted.flipped)
+        return _Expert(parts, stored, factors)
+
+    def _source(self, index: CheckpointIndex | AdapterIndex, entry: TensorEntry) -> Source:
         file = index.files[entry.file]
         number = self._file_numbers.setdefault(file.uri, len(self.files))
         if number == len(self.files):
@@ -174,11 +218,6 @@ class ProblemBuilder:
             parameters = self.settings.parameters(setting)
             self._costs[key] = problem_cost(method, parameters, load, self._budgets)
         return self._costs[key]
-
-
-def _stored_bytes(index: CheckpointIndex, name: str) -> int:
-    entry = index.tensors[name]
-    return entry.end - entry.start
 
 
 def _touch(recipe: Recipe, inputs: Inputs) -> TouchFilter:

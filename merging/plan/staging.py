@@ -15,7 +15,7 @@ import msgspec
 
 from merging.dtypes import ITEM_SIZE
 from merging.method import COMBINED, FINISH, Geometry, MergeMethod, Reduction, Staged, get_method
-from merging.plan.cost import Budgets, Load, problem_cost
+from merging.plan.cost import Budgets, problem_cost, problem_load
 from merging.plan.packing import intermediate_file, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
 from merging.plan.settings import SettingTable
@@ -142,7 +142,7 @@ class Staging:
         longest = max(part.num_bytes // ITEM_SIZE[part.dtype] for part in parts)
         combined = Problem(
             tensor_name=name,
-            shape=(reduction.combined_entries(len(problems[0].experts)),),
+            shape=(reduction.combined_entries(problems[0].num_experts),),
             dtype=reduction.combined_dtype,
             setting=problems[0].setting,
             base=None,
@@ -160,7 +160,7 @@ class Staging:
             entries = problem.num_entries
             experts = (_entries(found, slice(entries)),)
             given = (*given, _entries(found, slice(entries, None)))
-            problem = msgspec.structs.replace(problem, experts=experts)
+            problem = msgspec.structs.replace(problem, experts=experts, parts=())
         return self._problem(msgspec.structs.replace(problem, given=given), FINISH)
 
     def _problem(self, problem: Problem, step: str) -> Problem:
@@ -168,7 +168,7 @@ class Staging:
         method = self._method(problem.setting)
         assert method is not None
         parameters = self._settings.parameters(problem.setting)
-        cost = problem_cost(method.step(step), parameters, _load(problem), self._budgets)
+        cost = problem_cost(method.step(step), parameters, problem_load(problem), self._budgets)
         return msgspec.structs.replace(
             problem,
             setting=self._settings.step(problem.setting, step),
@@ -196,7 +196,7 @@ def is_double(problem: Problem) -> bool:
 
 
 def _geometry(problem: Problem) -> Geometry:
-    return Geometry(problem.shape, len(problem.experts), transposed=problem.transposed)
+    return Geometry(problem.shape, problem.num_experts, transposed=problem.transposed)
 
 
 def _entries(source: Source, entries: slice) -> Source:
@@ -205,16 +205,4 @@ def _entries(source: Source, entries: slice) -> Source:
     first, last, _ = entries.indices(source.num_bytes // size)
     return Source(
         source.file, source.start + first * size, source.start + last * size, source.dtype
-    )
-
-
-def _load(problem: Problem) -> Load:
-    return Load(
-        shape=problem.input_shape,
-        transposed=problem.transposed,
-        base_bytes=problem.base.num_bytes if problem.base else 0,
-        expert_bytes=tuple(expert.num_bytes for expert in problem.experts),
-        item_size=ITEM_SIZE[problem.dtype],
-        is_double=is_double(problem),
-        result_entries=problem.num_entries if problem.source_shape else None,
     )

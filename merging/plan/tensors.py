@@ -31,6 +31,7 @@ def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
     for expert in inputs.experts:
         if expert.index is not donor:
             faults += _compare(donor, expert, dropped, warnings)
+        faults += _adapted_heads(expert, dropped)
     if faults:
         more = f" ({len(faults) - 1} more.)" if len(faults) > 1 else ""
         raise CheckpointError(
@@ -103,6 +104,18 @@ def _compare(
         ),
     )
     return faults
+
+
+def _adapted_heads(expert: Expert, dropped: set[str]) -> list[Fault]:
+    """An adapter's work on a head that the output does not have would be lost."""
+    lost = sorted(dropped & expert.adapted.keys())
+    if not lost:
+        return []
+    detail = (
+        f"The adapter of {expert.pointer} changes {shorten_list(lost)}, which other models tie to"
+        " the embedding, so that the merged model has none. Leave the adapter or those models out."
+    )
+    return [Fault(expert.pointer, "extra_tensor", detail)]
 
 
 def _quantised(inputs: Inputs) -> list[Fault]:

@@ -17,7 +17,7 @@ from collections import Counter
 import msgspec
 
 from merging.method import Geometry, get_method
-from merging.plan.cost import takes_matrices
+from merging.plan.cost import expansion_flops, takes_matrices
 from merging.plan.plan import COPY, Plan, Problem, Shard
 from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
@@ -111,9 +111,17 @@ def sum_stages(stages: list[StageSeconds]) -> StageSeconds:
     )
 
 
+def _num_inputs(problem: Problem) -> int:
+    """Tensors of the output's size that go in; an expert that equals the base is none."""
+    if not problem.parts:
+        return len(problem.sources)
+    experts = sum(part.is_stored or part.rank > 0 for part in problem.parts)
+    return experts + (problem.base is not None)
+
+
 def _solve_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
     entries = math.prod(problem.input_shape)
-    passed = (len(problem.sources) + 1) * entries / rates.entries
+    passed = (_num_inputs(problem) + 1) * entries / rates.entries
     return passed + _method_seconds(plan, problem, rates) + len(problem.sources) * _SOURCE_SECONDS
 
 
@@ -122,12 +130,18 @@ def _method_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
     name = plan.settings[problem.setting].method
     if name == COPY:
         return 0.0
-    if not takes_matrices(get_method(name)):
-        return problem.flops / rates.operations
+    entries = math.prod(problem.input_shape)
+    step = get_method(name).step(plan.settings[problem.setting].step)
+    expansion = 0.0
+    if not step.takes_adapters:
+        expansion = expansion_flops(entries, [part.rank for part in problem.parts])
     rows, columns = Geometry(problem.input_shape, 1, transposed=problem.transposed).matrix
     rows = min(problem.row_block or rows, rows)
     threads = plan.threads / rates.threads if rates.device == "cpu" else 1.0
     double = 2.0 if any(source.dtype == "F64" for source in problem.sources) else 1.0
-    products = problem.flops / (rates.flops_per_second(rows, columns) * threads)
-    operations = _SOURCE_OPERATIONS * len(problem.sources) * math.prod(problem.input_shape)
+    product_rate = rates.flops_per_second(rows, columns) * threads
+    if not takes_matrices(get_method(name)):
+        return expansion / product_rate + (problem.flops - expansion) / rates.operations
+    products = problem.flops / product_rate
+    operations = _SOURCE_OPERATIONS * _num_inputs(problem) * entries
     return double * (products + operations / rates.operations)

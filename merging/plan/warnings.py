@@ -18,7 +18,26 @@ from merging.recipe import Recipe
 
 def warn_of_inputs(recipe: Recipe, inputs: Inputs, described: Sequence[Input]) -> list[str]:
     """Inputs that are stored differently, or that are the same."""
-    return [*_warn_of_types(recipe, inputs), *_warn_of_equals(inputs, described)]
+    return [
+        *_warn_of_types(recipe, inputs),
+        *_warn_of_equals(inputs, described),
+        *_warn_of_adapters(inputs),
+    ]
+
+
+def _warn_of_adapters(inputs: Inputs) -> list[str]:
+    adapters = [expert.adapter for expert in inputs.experts if expert.adapter is not None]
+    if not adapters:
+        return []
+    note = inputs.method.adapter_note
+    names = {adapter.config.base_name for adapter in adapters} - {""}
+    warnings = [note] if note else []
+    if len(names) > 1:
+        warnings.append(
+            "The adapters' configs name different base models:"
+            f" {shorten_list(sorted(map(repr, names)))}. An adapter means nothing on another model."
+        )
+    return warnings
 
 
 def warn_of_problems(

@@ -8,7 +8,7 @@ from typing import Any
 from merging.dtypes import RECIPE_NAMES
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod, get_method
-from merging.recipe.addresses import address_problem
+from merging.recipe.addresses import address_problem, split_adapter
 from merging.recipe.document import escape_pointer, load_document
 from merging.recipe.parameters import (
     Rule,
@@ -182,7 +182,14 @@ class _Reader:
 
     def _optional_model(self, key: str) -> str | None:
         value = self._data.get(key)
-        return None if value is None else self._model(value, f"/{key}")
+        model = None if value is None else self._model(value, f"/{key}")
+        if model and split_adapter(model)[1] is not None:
+            detail = (
+                "A base model with an adapter ('model+adapter') is not supported: merge the adapter"
+                " into it first, or list it under 'models' if it is an expert."
+            )
+            self._refuse(f"/{key}", detail, "incompatible_options")
+        return model
 
     def _model(self, value: Any, pointer: str) -> str:
         """A model's address; ``""`` if it is none."""

@@ -182,7 +182,7 @@ def test_all_faults_are_reported_at_once() -> None:
         {
             "merge_method": "ties",
             "models": [
-                {"model": "a+b", "parameters": {"density": 7}},
+                {"model": "a+", "parameters": {"density": 7}},
                 {"modle": "c"},
                 {"model": "d", "parameters": {"densty": 0.5, "weight": float("nan")}},
             ],
@@ -225,7 +225,8 @@ def test_one_kind_of_fault_gives_the_error_its_code() -> None:
         ({"models": {"model": "a"}}, "/models", ["a list of models"]),
         ({"models": ["a"]}, "/models/0", ["a mapping with the key 'model', not \"a\""]),
         ({"models": [{"model": 3}]}, "/models/0/model", ["A model is a path", "not 3"]),
-        ({"models": [{"model": "base+lora"}]}, "/models/0/model", ["merge the adapter"]),
+        ({"models": [{"model": "base+one+two"}]}, "/models/0/model", ["one adapter"]),
+        ({"models": [{"model": "base+"}]}, "/models/0/model", ["'model+adapter'"]),
         ({"models": [{"model": "hf://org/x"}]}, "/models/0/model", ["download the model"]),
         ({"models": [{"model": "https://x/y"}]}, "/models/0/model", ["https:// are not supported"]),
         ({"models": [{"model": "a\nb"}]}, "/models/0/model", ["one line"]),

@@ -272,8 +272,7 @@ def test_pickles_beside_safetensors_are_ignored(
 def test_adapter_is_refused_with_what_to_do(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
     error = refused(folder, "missing_file")
-    assert "adapters are not supported as experts yet" in error.detail
-    assert "merge_and_unload()" in error.detail
+    assert "Name it under 'models' of a recipe whose base_model" in error.detail
 
 
 def test_folder_without_weights_says_what_was_expected(tmp_path: Path) -> None:
