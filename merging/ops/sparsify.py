@@ -6,6 +6,7 @@ Both are used as the ``sparsify`` argument of :func:`merging.ops.task_vectors.co
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +49,48 @@ class KeepFromThresholds:
         self._ties_left[expert] = max(0, ties_left - num_ties)
 
 
-class KeepLargest(KeepFromThresholds):
-    """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
+class KeepCounts(KeepFromThresholds):
+    """Keeps so many entries of largest magnitude of each task vector.
 
     Of equal magnitudes at the threshold those with the lowest flat index are kept: bfloat16 task
     vectors are full of equal magnitudes, and what is kept must not depend on how they were sorted.
+
+    Args:
+        base: Base tensor.
+        experts: Tensors of the same shape.
+        counts: Entries to keep of each.
+        scratch_N: Flat tensor of the work dtype with as many entries; overwritten.
+    """
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        experts: Sequence[torch.Tensor],
+        counts: Sequence[int],
+        scratch_N: torch.Tensor,
+    ) -> None:
+        super().__init__([], [], scratch_N)
+        for expert, num_kept in zip(experts, counts, strict=True):
+            threshold, num_ties = (0.0 if num_kept else math.inf), 0
+            if 0 < num_kept < base.numel():
+                self._write_magnitudes(base, expert, scratch_N)
+                threshold = kth_largest(scratch_N, num_kept)
+                num_ties = num_kept - count_above(scratch_N, threshold)
+            self._thresholds.append(threshold)
+            self._ties_left.append(num_ties)
+
+    def _write_magnitudes(
+        self, base: torch.Tensor, expert: torch.Tensor, magnitudes_N: torch.Tensor
+    ) -> None:
+        base_N, expert_N = base.reshape(-1), expert.reshape(-1)
+        for block in blocks_of(base.numel(), base.device):
+            target = magnitudes_N[block].copy_(expert_N[block])
+            origin = self._scratch[0, : target.numel()].copy_(base_N[block])
+            target.sub_(origin).abs_()
+
+
+class KeepLargest(KeepCounts):
+    """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
 
     Args:
         base: Base tensor.
@@ -68,28 +106,11 @@ class KeepLargest(KeepFromThresholds):
         densities: Sequence[float],
         scratch_N: torch.Tensor,
     ) -> None:
-        super().__init__([], [], scratch_N)
-        for expert, density in zip(experts, densities, strict=True):
-            threshold, num_ties = 0.0, 0
-            if density < 1 and base.numel():
-                num_kept = max(1, int(density * base.numel()))
-                self._write_magnitudes(base, expert, scratch_N)
-                threshold = _kth_largest(scratch_N, num_kept)
-                num_ties = num_kept - _count_above(scratch_N, threshold)
-            self._thresholds.append(threshold)
-            self._ties_left.append(num_ties)
-
-    def _write_magnitudes(
-        self, base: torch.Tensor, expert: torch.Tensor, magnitudes_N: torch.Tensor
-    ) -> None:
-        base_N, expert_N = base.reshape(-1), expert.reshape(-1)
-        for block in blocks_of(base.numel(), base.device):
-            target = magnitudes_N[block].copy_(expert_N[block])
-            origin = self._scratch[0, : target.numel()].copy_(base_N[block])
-            target.sub_(origin).abs_()
+        counts = [max(1, int(density * base.numel())) for density in densities]
+        super().__init__(base, experts, counts, scratch_N)
 
 
-def _kth_largest(values_N: torch.Tensor, k: int) -> float:
+def kth_largest(values_N: torch.Tensor, k: int) -> float:
     """Exact k-th largest value, by selection; reorders its argument."""
     rank = values_N.numel() - k
     if values_N.device.type == "cpu":
@@ -99,7 +120,7 @@ def _kth_largest(values_N: torch.Tensor, k: int) -> float:
     return float(values_N.kthvalue(rank + 1).values)
 
 
-def _count_above(values_N: torch.Tensor, threshold: float) -> int:
+def count_above(values_N: torch.Tensor, threshold: float) -> int:
     """How many values are larger; overwrites them."""
     blocks = blocks_of(values_N.numel(), values_N.device)
     return sum(int(values_N[block].gt_(threshold).sum()) for block in blocks)
@@ -151,6 +172,11 @@ class KeepRandom:
         task_vector_N.mul_(is_kept)
         if self._rescale:
             task_vector_N.div_(density)
+
+    def uniform(self, expert: int, start: int, count: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), in float64, for a block of the tile at hand."""
+        bits = self._uniform_int32(expert, self._offset + start, count)
+        return bits.double().mul_(2.0**-32).add_(0.5)
 
     def _uniform_int32(self, expert: int, first: int, count: int) -> torch.Tensor:
         """Uniform 32-bit integers for the entries ``first … first + count - 1``."""

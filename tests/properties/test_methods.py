@@ -26,16 +26,31 @@ SYMMETRIC = [name for name in METHODS if all_methods()[name].symmetric]
 
 TURNS = "goes part of the way"
 DROPS = "drops entries that are small in themselves"
-NOT_THE_EXPERT = {"slerp": TURNS, "nearswap": TURNS, "ram": DROPS, "ramplus_tl": DROPS}
+NOT_THE_EXPERT = {
+    "slerp": TURNS,
+    "nearswap": TURNS,
+    "arcee_fusion": TURNS,
+    "ram": DROPS,
+    "ramplus_tl": DROPS,
+}
 """Methods with which one expert, by default, is not the result."""
 
-NOT_IN_PROPORTION = {"nearswap": TURNS, "ram": DROPS, "ramplus_tl": DROPS}
+NOT_IN_PROPORTION = {
+    "nearswap": TURNS,
+    "arcee_fusion": "ranks rows by their softmaxes",
+    "ram": DROPS,
+    "ramplus_tl": DROPS,
+}
 """Methods whose update does not grow in proportion to the task vectors."""
 
 BUSY: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.4},
     "dare_linear": {"density": 0.4},
     "dare_ties": {"density": 0.4},
+    "breadcrumbs": {"density": 0.4},
+    "breadcrumbs_ties": {"density": 0.4},
+    "della": {"density": 0.4},
+    "della_linear": {"density": 0.4},
 }
 """Expert parameters that make a method do more than it does by default."""
 
@@ -286,10 +301,10 @@ def test_figures_are_json(method_name: str) -> None:
 
 @pytest.mark.parametrize("method_name", METHODS)
 def test_numbers_written_as_text_are_understood(method_name: str) -> None:
-    """YAML 1.1 reads ``1e-5`` as text, for want of a dot."""
+    """YAML 1.1 reads ``2e-1`` as text, for want of a dot."""
     for model in _models(method_name):
         for field, schema in model.model_json_schema()["properties"].items():
             options = schema.get("anyOf", [schema])
             if any(option.get("type") == "number" for option in options):
-                dumped = model.model_validate({field: "1e-5"}).model_dump()
-                np.testing.assert_equal(dumped[field], 1e-5)
+                dumped = model.model_validate({field: "2e-1"}).model_dump()
+                np.testing.assert_equal(dumped[field], 0.2)

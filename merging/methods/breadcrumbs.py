@@ -1,0 +1,122 @@
+"""Model Breadcrumbs: drop the smallest and the very largest entries, add up the rest.
+
+Source: Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024, arXiv:2312.06795, section 3.
+Differences from the source: as in mergekit, ``density`` is what is left and ``gamma`` what is cut
+off the top, of each tensor; fewer large entries are cut where the two add up to more than 1.
+
+Needs the base model. Not separable: thresholds depend on the whole tensor.
+Precision: task vectors in float32 (float64 if an input is), one rounding at the end.
+Deterministic: yes; of equal magnitudes at a threshold the lowest flat index counts as the largest.
+Cost: two selections and 12 E N flops for E experts of N entries; E + 8 blocks of scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from merging.method import (
+    Cost,
+    Geometry,
+    MergeMethod,
+    Task,
+    TaskVectorParameters,
+    WeightParameters,
+    register,
+)
+from merging.ops.blocks import elementwise_workspace, work_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BreadcrumbsParameters(TaskVectorParameters):
+    """Recipe-level parameters."""
+
+    normalize: bool = Field(
+        default=False,
+        description="Divide the sum by the sum of the weights: the mean task vector, not the sum.",
+    )
+    rescale: bool = Field(
+        default=False,
+        description="Scale what is left of each task vector to the L1 norm that it had.",
+    )
+
+
+class BreadcrumbsExpertParameters(WeightParameters):
+    """Parameters of an expert."""
+
+    density: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description=(
+            "Share of the task vector's entries to keep in each tensor. The paper keeps about 0.9;"
+            " 1 drops nothing."
+        ),
+    )
+    gamma: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="Share of the largest entries to drop, as outliers, where density is under 1.",
+    )
+
+
+def merge_breadcrumbs(
+    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    """Merge one tensor."""
+    import torch
+
+    from merging.ops.bands import KeepBand, RestoreNorms
+    from merging.ops.task_vectors import combine_task_vectors
+
+    assert base is not None
+    tensors = list(experts)
+    merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
+
+    def new_band() -> KeepBand:
+        densities = [parameters.density for parameters in task.expert_parameters]
+        gammas = [parameters.gamma for parameters in task.expert_parameters]
+        return KeepBand(base, tensors, densities, gammas, scratch_N=merged_N)
+
+    is_scaled = task.parameters.rescale
+    return combine_task_vectors(
+        base,
+        tensors,
+        [parameters.weight for parameters in task.expert_parameters],
+        scale=task.parameters.scale,
+        normalize=task.parameters.normalize,
+        sparsify=RestoreNorms(base, tensors, new_band, merged_N) if is_scaled else new_band(),
+        out=merged_N,
+    )
+
+
+def breadcrumbs_cost(geometry: Geometry, parameters: BreadcrumbsParameters) -> Cost:
+    """Selection looks at each magnitude a few times; the rest is a dozen operators per entry."""
+    num_entries, num_experts = geometry.num_entries, geometry.num_experts
+    return Cost(
+        flops=(80.0 if parameters.rescale else 40.0) * num_experts * num_entries,
+        workspace_bytes=elementwise_workspace(num_entries, num_buffers=num_experts + 10),
+    )
+
+
+register(
+    MergeMethod(
+        name="breadcrumbs",
+        title="Model Breadcrumbs",
+        summary=(
+            "Drops the smallest entries of each task vector, and the very largest as outliers, then"
+            " adds up what is left."
+        ),
+        source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795",
+        merge=merge_breadcrumbs,
+        cost=breadcrumbs_cost,
+        parameters=BreadcrumbsParameters,
+        expert_parameters=BreadcrumbsExpertParameters,
+        separable="whole",
+    )
+)
