@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from merging.method import Cost, Geometry, MergeFunction, Task
+from merging.method import Cost, Geometry, MergeFunction, MergeMethod, Step, Task
 from merging.ops.forms import LayerShape, cheapest
 from merging.ops.layer_method import LayerMethod, LayerVariant, shared_entries, shared_flops
 
@@ -46,3 +46,16 @@ def layer_cost(geometry: Geometry, variants: Sequence[LayerVariant]) -> Cost:
     form = cheapest(flops)
     entries = shared_entries(shape, form, geometry.row_block, variants)
     return Cost(flops[form], _FLOAT32_BYTES * entries)
+
+
+def group_by_problem(variants: Sequence[tuple[Step | None, Any]]) -> list[list[int]]:
+    """Places of variants (with their parameters), together where they share a layer's problem.
+
+    What solves no such problem (and copies, None) stands alone.
+    """
+    groups: dict[str | int, list[int]] = {}
+    for place, (step, parameters) in enumerate(variants):
+        layer = step.layer if isinstance(step, MergeMethod) else None
+        key = layer.problem(parameters).name if layer else place
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())

@@ -38,7 +38,10 @@ def run_plan(
     """
     prepare_output(plan, storage)
     digest = plan.digest
-    found = {s.index: read_receipt(storage, plan.output_uri, digest, s) for s in plan.shards}
+    found = {
+        shard.index: read_receipt(storage, plan.output_uri, digest, shard, plan.variant_names)
+        for shard in plan.shards
+    }
     receipts = {index: receipt for index, receipt in found.items() if receipt is not None}
     for index in sorted(shards_left(plan, receipts)):
         versions = {index: receipt.version for index, receipt in receipts.items()}

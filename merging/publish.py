@@ -1,6 +1,7 @@
 """Making a merged checkpoint appear: companions, card and report, and the index last.
 
 ``model.safetensors.index.json`` is the commit marker: readers find a complete checkpoint or none.
+A sweep is complete with its report, which is written after the indexes of all its checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from merging.errors import PlanError, StorageError
 from merging.plan.packing import data_bytes
 from merging.plan.plan import WORKSPACE, Plan
 from merging.receipts import Receipt
-from merging.report import CARD_NAME, REPORT_NAME, build_report, model_card
+from merging.report import (
+    CARD_NAME,
+    REPORT_NAME,
+    SWEEP_REPORT_NAME,
+    build_report,
+    model_card,
+)
 from merging.storage.base import Storage
 from merging.verify import verify_output
 
@@ -32,27 +39,37 @@ def prepare_output(plan: Plan, storage: Storage) -> None:
         PlanError: ``output_exists``.
         StorageError: The output cannot be listed or written.
     """
-    output = plan.output_uri
-    markers = [
+    found = {uri: _markers(uri, storage) for uri in plan.checkpoint_uris}
+    for output, markers in found.items():
+        if markers and not plan.overwrite:
+            raise PlanError(
+                f"{output} already holds a checkpoint ({markers[0].rsplit('/', 1)[-1]})."
+                " Choose another output, or allow it to be replaced with overwrite.",
+                code="output_exists",
+                context={"uri": output},
+            )
+    if plan.variants:
+        storage.delete(f"{plan.output_uri}/{SWEEP_REPORT_NAME}")
+    for output, markers in found.items():
+        for uri in markers:
+            storage.delete(uri)
+        storage.write_bytes(f"{output}/{WORKSPACE}/in-progress", plan.digest.encode())
+
+
+def _markers(output: str, storage: Storage) -> list[str]:
+    """Files that make a checkpoint loadable."""
+    return [
         item.uri
         for item in storage.list(output)
-        if "/" not in (name := item.uri[len(output) + 1 :])
-        and (name == INDEX_NAME or name == "model.safetensors")
+        if item.uri[len(output) + 1 :] in (INDEX_NAME, "model.safetensors")
     ]
-    if markers and not plan.overwrite:
-        raise PlanError(
-            f"{output} already holds a checkpoint ({markers[0].rsplit('/', 1)[-1]})."
-            " Choose another output, or allow it to be replaced with overwrite.",
-            code="output_exists",
-            context={"uri": output},
-        )
-    for uri in markers:
-        storage.delete(uri)
-    storage.write_bytes(f"{output}/{WORKSPACE}/in-progress", plan.digest.encode())
 
 
 def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[str, Any]:
     """Complete a merge whose shards are all published; safe to repeat.
+
+    The checkpoints of a sweep appear together, when all of them are verified: each with files of
+    its own as of a merge by itself, and beside them a report on all.
 
     Args:
         plan: The plan.
@@ -60,54 +77,69 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
         storage: Where the output is.
 
     Returns:
-        The merge report (also stored as ``merge_report.json``).
+        The merge report (also stored as ``merge_report.json``), or that of the whole sweep
+        (``sweep_report.json``).
 
     Raises:
         CheckpointError: A shard in storage is not what its receipt says.
         StorageError: Writing failed.
     """
     ordered = sorted(receipts, key=lambda receipt: receipt.shard_index)
-    verify_output(plan, ordered, storage)
-    output = plan.output_uri
-    for companion in plan.companions:
-        storage.copy(
-            companion.source_uri, f"{output}/{companion.file_name}", version=companion.version
-        )
-    if plan.config:
-        storage.write_bytes(f"{output}/config.json", _json(plan.config))
+    merges = plan.merges()
+    for number, merge in enumerate(merges):
+        verify_output(merge, [receipt.of_variant(number) for receipt in ordered], storage)
     report = build_report(plan, ordered)
-    storage.write_bytes(f"{output}/{REPORT_NAME}", _json(report))
-    storage.write_bytes(f"{output}/{CARD_NAME}", model_card(plan, report).encode())
-    storage.write_bytes(f"{output}/{INDEX_NAME}", _json(_weight_index(plan)))
-    _sweep(plan, storage)
+    reports = report["variants"] if plan.variants else [report]
+    for merge, own in zip(merges, reports, strict=True):
+        _write_companions(merge, own, storage)
+    for merge in merges:
+        storage.write_bytes(f"{merge.output_uri}/{INDEX_NAME}", _json(_weight_index(merge)))
+    if plan.variants:
+        storage.write_bytes(f"{plan.output_uri}/{SWEEP_REPORT_NAME}", _json(report))
+    _clear(plan, storage)
     return report
 
 
+def _write_companions(merge: Plan, report: dict[str, Any], storage: Storage) -> None:
+    """All that stands beside the weights of a checkpoint but its index."""
+    output = merge.output_uri
+    for companion in merge.companions:
+        storage.copy(
+            companion.source_uri, f"{output}/{companion.file_name}", version=companion.version
+        )
+    if merge.config:
+        storage.write_bytes(f"{output}/config.json", _json(merge.config))
+    storage.write_bytes(f"{output}/{REPORT_NAME}", _json(report))
+    storage.write_bytes(f"{output}/{CARD_NAME}", model_card(merge, report).encode())
+
+
 def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:
-    """The report, if exactly this plan's checkpoint is already complete at its output.
+    """The report, if exactly what this plan makes is already complete at its output.
 
     A process that died between publishing and recording it finds its work done; what it did not
-    come to sweep is swept.
+    come to clear away is cleared away.
     """
+    name = SWEEP_REPORT_NAME if plan.variants else REPORT_NAME
     try:
-        storage.stat(f"{plan.output_uri}/{INDEX_NAME}")
-        report = read_report(storage, plan.output_uri)
+        for uri in plan.checkpoint_uris:
+            storage.stat(f"{uri}/{INDEX_NAME}")
+        report = read_report(storage, plan.output_uri, name)
     except StorageError as error:
         if error.code == "not_found":
             return None
         raise
     if report.get("plan_digest") != plan.digest:
         return None
-    _sweep(plan, storage)
+    _clear(plan, storage)
     return report
 
 
-def read_report(storage: Storage, output_uri: str) -> dict[str, Any]:
-    """The merge report of a published checkpoint."""
-    data = storage.read_bytes(f"{output_uri}/{REPORT_NAME}", limit=256 << 20)
+def read_report(storage: Storage, output_uri: str, name: str = REPORT_NAME) -> dict[str, Any]:
+    """The merge report of a published checkpoint, or that of a sweep."""
+    data = storage.read_bytes(f"{output_uri}/{name}", limit=256 << 20)
     report = json.loads(data)
     if not isinstance(report, dict):
-        raise StorageError(f"{output_uri}/{REPORT_NAME} is not a merge report.", code="not_found")
+        raise StorageError(f"{output_uri}/{name} is not a merge report.", code="not_found")
     return report
 
 
@@ -122,18 +154,20 @@ def _weight_index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _sweep(plan: Plan, storage: Storage) -> None:
-    """Remove the workspace, and weight files of a checkpoint that this one replaced.
+def _clear(plan: Plan, storage: Storage) -> None:
+    """Remove workspaces, and weight files of a checkpoint that this one replaced.
 
-    The checkpoint is complete by now: what cannot be removed does it no harm.
+    What was merged is complete by now: what cannot be removed does it no harm.
     """
     ours = {shard.file_name for shard in plan.outputs}
     with contextlib.suppress(StorageError):
-        for item in storage.list(plan.output_uri):
-            name = item.uri[len(plan.output_uri) + 1 :]
-            stale = plan.overwrite and name.endswith(".safetensors") and "/" not in name
-            if name.startswith(f"{WORKSPACE}/") or (stale and name not in ours):
-                storage.delete(item.uri)
+        for output in dict.fromkeys((*plan.checkpoint_uris, plan.output_uri)):
+            replaces = plan.overwrite and output in plan.checkpoint_uris
+            for item in storage.list(output):
+                name = item.uri[len(output) + 1 :]
+                stale = replaces and name.endswith(".safetensors") and "/" not in name
+                if name.startswith(f"{WORKSPACE}/") or (stale and name not in ours):
+                    storage.delete(item.uri)
 
 
 def _json(value: Any) -> bytes:

@@ -6,12 +6,13 @@ the checkpoint is complete. Work that stopped anywhere resumes from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from merging.errors import StorageError
-from merging.plan.plan import Shard, file_uri, workspace_uri
+from merging.plan.plan import Shard, file_uris, workspace_uri
 from merging.rates import Rates
 from merging.storage.base import Storage
 
@@ -25,6 +26,15 @@ class ProblemFigures(msgspec.Struct, frozen=True):
     method: str
     solve_seconds: float
     figures: dict[str, Any] = {}
+
+
+class OtherFile(msgspec.Struct, frozen=True):
+    """The file of a further variant of a sweep; as the fields of :class:`Receipt`."""
+
+    size: int
+    sha256: str
+    version: str
+    problems: tuple[ProblemFigures, ...]
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -46,6 +56,8 @@ class Receipt(msgspec.Struct, frozen=True):
         problems: Figures per tensor, in file order.
         busy_seconds: Wall time in which bytes were moving, beside the solving: ``read``, ``write``.
         rates: What was known of the worker's speed when it began; None if nothing was.
+        others: In a sweep, the files of its other variants, in order; what stands above is then of
+            the first one's file, but for bytes, memory and time, which are of all.
     """
 
     plan_digest: str
@@ -63,6 +75,31 @@ class Receipt(msgspec.Struct, frozen=True):
     problems: tuple[ProblemFigures, ...]
     busy_seconds: dict[str, float] = {}
     rates: Rates | None = None
+    others: tuple[OtherFile, ...] = ()
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Version pins of all files."""
+        return (self.version, *(other.version for other in self.others))
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all files."""
+        return self.size + sum(other.size for other in self.others)
+
+    def of_variant(self, number: int) -> Receipt:
+        """The receipt of one variant's file."""
+        if not number or not self.others:
+            return msgspec.structs.replace(self, others=())
+        file = self.others[number - 1]
+        return msgspec.structs.replace(
+            self,
+            size=file.size,
+            sha256=file.sha256,
+            version=file.version,
+            problems=file.problems,
+            others=(),
+        )
 
 
 def receipt_uri(output_uri: str, plan_digest: str, file_name: str) -> str:
@@ -77,19 +114,32 @@ def write_receipt(storage: Storage, output_uri: str, receipt: Receipt) -> None:
 
 
 def read_receipt(
-    storage: Storage, output_uri: str, plan_digest: str, shard: Shard
+    storage: Storage,
+    output_uri: str,
+    plan_digest: str,
+    shard: Shard,
+    variants: Sequence[str] = (),
 ) -> Receipt | None:
-    """The receipt of a shard if it is published and its file is still the one recorded."""
+    """The receipt of a shard if it is published and its files are still those recorded.
+
+    Args:
+        storage: Where the output is.
+        output_uri: The plan's.
+        plan_digest: The plan's.
+        shard: Of the plan.
+        variants: Names of the plan's variants.
+    """
     try:
         uri = receipt_uri(output_uri, plan_digest, shard.file_name)
         receipt = msgspec.json.decode(storage.read_bytes(uri, limit=_LIMIT), type=Receipt)
-        stat = storage.stat(file_uri(output_uri, plan_digest, shard))
+        uris = file_uris(output_uri, plan_digest, shard, variants)
+        versions = tuple(storage.stat(uri).version for uri in uris)
     except StorageError as error:
         if error.code == "not_found":
             return None
         raise
     except msgspec.MsgspecError:
         return None
-    if receipt.plan_digest != plan_digest or stat.version != receipt.version:
+    if receipt.plan_digest != plan_digest or receipt.versions != versions:
         return None
     return receipt

@@ -21,6 +21,7 @@ from merging.plan.timing import shard_seconds
 from merging.receipts import ProblemFigures, Receipt
 
 REPORT_NAME = "merge_report.json"
+SWEEP_REPORT_NAME = "sweep_report.json"
 CARD_NAME = "README.md"
 
 _NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
@@ -45,10 +46,75 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     ``write``: waiting), ``busy_seconds`` those in which bytes moved beside the solving, and
     ``estimate`` what the workers' rates let expect of both; null if nothing was known.
 
+    The report of a sweep has in ``variants`` what it has in place of ``totals`` and ``tensors``:
+    the reports of all variants, each as of a merge by itself. Bytes, memory and time in these are
+    those of the whole sweep, which its variants share.
+
     Args:
         plan: The plan.
         receipts: In shard order.
     """
+    work = _work(plan, receipts)
+    reports = [
+        _merge_report(merge, [receipt.of_variant(number) for receipt in receipts], work)
+        for number, merge in enumerate(plan.merges())
+    ]
+    if not plan.variants:
+        return reports[0]
+    for report, variant in zip(reports, plan.variants, strict=True):
+        report["variant"] = variant.name
+    return {
+        "object": "sweep_report",
+        **_lineage(plan),
+        "output": _sweep_output(plan, reports),
+        **work,
+        "warnings": [
+            *plan.warnings,
+            *(
+                f"{report['variant']}: {text}"
+                for report in reports
+                for text in report["warnings"][len(plan.warnings) :]
+            ),
+        ],
+        "versions": engine_versions(),
+        "variants": reports,
+    }
+
+
+def _lineage(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": plan.recipe,
+        "recipe_digest": plan.recipe_digest,
+        "method": plan.method,
+        "seed": plan.seed,
+        "inputs": [
+            {"uri": item.uri, "role": item.role, "digest": item.digest} for item in plan.inputs
+        ],
+    }
+
+
+def _work(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """What was done, and what it took."""
+    intermediate = [r for r in receipts if not plan.shards[r.shard_index].is_output]
+    return {
+        "plan_digest": plan.digest,
+        "bytes_read": sum(receipt.bytes_read for receipt in receipts),
+        "read_requests": sum(receipt.read_requests for receipt in receipts),
+        "bytes_intermediate": sum(receipt.size for receipt in intermediate),
+        "flops_planned": plan.totals.flops,
+        "seconds": _sum_seconds(receipt.seconds for receipt in receipts),
+        "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),
+        "estimate": _estimate(plan, receipts),
+        "peak_buffer_bytes": max((r.peak_buffer_bytes for r in receipts), default=0),
+        "devices": sorted({receipt.device for receipt in receipts}),
+        "workers": sorted({receipt.worker for receipt in receipts}),
+    }
+
+
+def _merge_report(
+    plan: Plan, receipts: Sequence[Receipt], work: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The report of a merge by itself, or of one variant."""
     digest = hashlib.sha256()
     written = [receipt for receipt in receipts if plan.shards[receipt.shard_index].is_output]
     for receipt in written:
@@ -57,32 +123,15 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     tensors = _tensors(plan, receipts)
     return {
         "object": "merge_report",
-        "recipe": plan.recipe,
-        "recipe_digest": plan.recipe_digest,
-        "plan_digest": plan.digest,
-        "method": plan.method,
-        "seed": plan.seed,
-        "inputs": [
-            {"uri": item.uri, "role": item.role, "digest": item.digest} for item in plan.inputs
-        ],
+        **_lineage(plan),
         "output": {
             "uri": plan.output_uri,
             "digest": f"sha256:{digest.hexdigest()}",
             "bytes": sum(receipt.size for receipt in written),
             "files": [{"name": r.file_name, "size": r.size, "sha256": r.sha256} for r in written],
         },
-        "bytes_read": sum(receipt.bytes_read for receipt in receipts),
-        "read_requests": sum(receipt.read_requests for receipt in receipts),
-        "bytes_intermediate": sum(receipt.size for receipt in receipts)
-        - sum(receipt.size for receipt in written),
-        "flops_planned": plan.totals.flops,
+        **work,
         "totals": _totals(tensors, planned),
-        "seconds": _sum_seconds(receipt.seconds for receipt in receipts),
-        "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),
-        "estimate": _estimate(plan, receipts),
-        "peak_buffer_bytes": max((r.peak_buffer_bytes for r in receipts), default=0),
-        "devices": sorted({receipt.device for receipt in receipts}),
-        "workers": sorted({receipt.worker for receipt in receipts}),
         "warnings": [*plan.warnings, *_warnings_of_tensors(tensors)],
         "versions": engine_versions(),
         "tensors": [
@@ -98,6 +147,28 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
             }
             for figure in tensors
         ],
+    }
+
+
+def _sweep_output(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a sweep published, as ``output`` of its report: all of it, and each variant's."""
+    outputs = [
+        {"name": variant.name, "method": variant.method, **report["output"]}
+        for variant, report in zip(plan.variants, reports, strict=True)
+    ]
+    digest = hashlib.sha256()
+    for output in outputs:
+        digest.update(f"{output['name']} {output['digest']}\n".encode())
+    return {
+        "uri": plan.output_uri,
+        "digest": f"sha256:{digest.hexdigest()}",
+        "bytes": sum(output["bytes"] for output in outputs),
+        "files": [
+            {**file, "name": f"{output['name']}/{file['name']}"}
+            for output in outputs
+            for file in output["files"]
+        ],
+        "variants": outputs,
     }
 
 

@@ -166,9 +166,9 @@ def merge(
     chosen = choose_device(device)
     with plan_progress(plan) as on_progress:
         report = run_plan(plan, storage, device=chosen, on_progress=on_progress, engine=run_shard)
-    result = report["output"]
-    print(f"{result['uri']}  {result['bytes']} bytes in {len(result['files'])} files")
-    print(result["digest"])
+    for result in report["output"].get("variants", [report["output"]]):
+        print(f"{result['uri']}  {result['bytes']} bytes in {len(result['files'])} files")
+        print(result["digest"])
 
 
 @app.command()
@@ -350,7 +350,8 @@ def _watch(client: Client, job_id: str) -> None:
 
     job = follow_job(client, job_id)
     if job["state"] == "succeeded":
-        print(f"succeeded  {job['output']['uri']}")
+        for output in job["output"].get("variants", [job["output"]]):
+            print(f"succeeded  {output['uri']}")
         return
     error = job["error"] or {}
     reason = f": {error['detail']}" if error else ""

@@ -163,6 +163,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
     _add_row(figures, "estimated time", time)
     for item in summary["inputs"]:
         _add_row(figures, item["role"], item["uri"])
+    for variant in summary["variants"]:
+        _add_row(figures, "variant", f"{variant['uri']} ({variant['method']})")
     console.print(figures)
     files = _table("file", "bytes", "tensors", "bytes read", "flops")
     for file in summary["files"]:

@@ -51,7 +51,9 @@ def learn(rates: Rates, work: ShardWork, receipt: Receipt) -> Rates:
     read = {}
     if len(kinds) == 1:  # of several kinds nobody knows which took how long
         read[kinds.pop()] = Transfer(receipt.bytes_read, busy.get("read", 0.0))
-    written = {storage_kind(work.output_uri): Transfer(receipt.size, busy.get("write", 0.0))}
+    written = {
+        storage_kind(work.output_uri): Transfer(receipt.bytes_written, busy.get("write", 0.0))
+    }
     return rates.learn(read, written)
 
 

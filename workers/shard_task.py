@@ -63,7 +63,9 @@ def run_task(
         emit(ShardStarted(*_identity(task), worker=_worker(), device=describe_device(device)))
         storage = _storage(task.storage_roots)
         work = task.work
-        receipt = read_receipt(storage, work.output_uri, work.plan_digest, work.shard)
+        receipt = read_receipt(
+            storage, work.output_uri, work.plan_digest, work.shard, work.variants
+        )
         if receipt is None:
             run: Callable[..., Receipt] = pkgutil.resolve_name(engine)
             receipt = run(
@@ -105,7 +107,7 @@ def finish_task(
     log.info(
         "shard_done",
         bytes_read=receipt.bytes_read,
-        bytes_written=receipt.size,
+        bytes_written=receipt.bytes_written,
         duration_seconds=round(time.monotonic() - begin, 3),
     )
     return ShardDone(*_identity(task), receipt=receipt)

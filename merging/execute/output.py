@@ -1,16 +1,18 @@
-"""Writing one shard file: hashed and stored by a thread of its own while solving goes on."""
+"""Writing a shard's files: each hashed and stored by a thread of its own while solving goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergeError
 from merging.execute.busy import BusyClock
 from merging.execute.memory import MemoryBudget
-from merging.storage.base import ObjectStat, Writer
+from merging.storage.base import ObjectStat, Storage, Writer
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +26,15 @@ class ShardFile:
     As a context manager it aborts the write unless :meth:`finish` has returned.
     """
 
-    def __init__(self, writer: Writer, budget: MemoryBudget) -> None:
+    def __init__(self, writer: Writer, budget: MemoryBudget, busy: BusyClock) -> None:
         self._writer = writer
         self._budget = budget
+        self._busy = busy
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[memoryview | bytes | None] = queue.Queue(_QUEUE_LENGTH)
         self._error: BaseException | None = None
         self.bytes_written = 0
         self.bytes_waiting = 0
-        self.busy = BusyClock()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
         self._thread.start()
@@ -69,14 +71,14 @@ class ShardFile:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        with self.busy:
+        with self._busy:
             return self._writer.commit(), self._hash.hexdigest()
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
             try:
                 if self._error is None:
-                    with self.busy:
+                    with self._busy:
                         self._hash.update(data)
                         self._writer.write(data)
                     self.bytes_written += len(data)
@@ -85,6 +87,60 @@ class ShardFile:
             with self._lock:
                 self.bytes_waiting -= len(data)
             self._budget.release(len(data))
+
+
+class ShardFiles:
+    """The files of a shard, one for each variant of a sweep; a context manager as its files are.
+
+    Args:
+        storage: Where they go.
+        uris: Their addresses.
+        size: Bytes of each.
+        budget: What waits to be written counts against it.
+
+    Attributes:
+        busy: Tells when bytes are moving to any of them.
+        buffer_bytes: Most host memory that the writers hold.
+    """
+
+    def __init__(
+        self, storage: Storage, uris: Sequence[str], size: int, budget: MemoryBudget
+    ) -> None:
+        self.busy = BusyClock()
+        self.buffer_bytes = 0
+        self._files: list[ShardFile] = []
+        with contextlib.ExitStack() as stack:
+            for uri in uris:
+                writer = stack.enter_context(storage.open_writer(uri, size))
+                self.buffer_bytes += writer.buffer_bytes
+                file = ShardFile(writer, budget, self.busy)
+                self._files.append(stack.enter_context(file))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> ShardFiles:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    @property
+    def bytes_written(self) -> list[int]:
+        """Of each file."""
+        return [file.bytes_written for file in self._files]
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Of all files."""
+        return sum(file.bytes_waiting for file in self._files)
+
+    def write(self, data: bytes | torch.Tensor, numbers: Sequence[int] | None = None) -> None:
+        """Append to files, by default to all; see :meth:`ShardFile.write`."""
+        for number in range(len(self._files)) if numbers is None else numbers:
+            self._files[number].write(data)
+
+    def finish(self) -> list[tuple[ObjectStat, str]]:
+        """Publish one file after the other; see :meth:`ShardFile.finish`."""
+        return [file.finish() for file in self._files]
 
 
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:

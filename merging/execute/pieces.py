@@ -1,9 +1,9 @@
 """Cutting a shard's problems into pieces, and pieces into groups that are fetched together.
 
-A *piece* is one call of a method: a whole tensor, or a tile (a flat range of entries) of an
-elementwise method's tensor. A *group* is a run of pieces whose bytes are fetched together, so that
-small neighbouring tensors cost one read per source and not one each. Cutting depends on the plan
-alone; the bytes of the result do not depend on it.
+A *piece* is one call of a method (of each variant's in a sweep): a whole tensor, or a tile (a flat
+range of entries) of an elementwise method's tensor. A *group* is a run of pieces whose bytes are
+fetched together, so that small neighbouring tensors cost one read per source and not one each.
+Cutting depends on the plan alone; the bytes of the result do not depend on it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merging.dtypes import ITEM_SIZE
-from merging.method import Step, get_method
+from merging.execute.treatment import Treatment, treatments
 from merging.plan.cost import group_limit, tile_entries
-from merging.plan.plan import COPY, Problem, ShardWork, Source
+from merging.plan.plan import Problem, ShardWork, Source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Piece:
         number: Position of the problem in the shard.
         start: First entry.
         end: Entry after the last.
-        step: What is done with it; None for a copy.
+        treatment: What is done with it.
         sources: Byte ranges of these entries: base first (if there is one), then experts in order.
     """
 
@@ -35,18 +35,18 @@ class Piece:
     number: int
     start: int
     end: int
-    step: Step | None
+    treatment: Treatment
     sources: tuple[Source, ...]
 
     @property
     def streaming(self) -> bool:
-        """The method takes experts one at a time and forgets them."""
-        return self.step is not None and self.step.streaming
+        """Experts are taken one at a time and forgotten."""
+        return self.treatment.is_streaming
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole inputs, or flat."""
-        if self.step is not None and self.step.flat:
+        if self.treatment.is_flat:
             return (-1,)
         whole = self.start == 0 and self.is_last
         return self.problem.input_shape if whole else (self.end - self.start,)
@@ -54,7 +54,7 @@ class Piece:
     @property
     def is_summand(self) -> bool:
         """Its result is added to those of the problem's other pieces."""
-        return self.step is not None and self.step.separable == "sum"
+        return self.treatment.is_sum
 
     @property
     def is_last(self) -> bool:
@@ -99,17 +99,17 @@ class Group:
 
 def cut_problems(work: ShardWork) -> Iterator[Piece]:
     """All pieces of a shard, in the order of the output file."""
+    by_setting = treatments(work)
     for number, problem in enumerate(work.shard.problems):
-        setting = work.settings[problem.setting]
-        step = None if setting.method == COPY else get_method(setting.method).step(setting.step)
+        treatment = by_setting[problem.setting]
         entries = math.prod(problem.input_shape)
-        if step is not None and step.separable in ("rows", "whole"):
-            yield Piece(problem, number, 0, entries, step, problem.sources)
+        if not treatment.is_tiled:
+            yield Piece(problem, number, 0, entries, treatment, problem.sources)
             continue
         tile = tile_entries(entries, problem.expanded_bytes, work.memory_budget)
         for start in range(0, max(entries, 1), tile):
             end = min(start + tile, entries)
-            yield Piece(problem, number, start, end, step, _sources(problem, start, end))
+            yield Piece(problem, number, start, end, treatment, _sources(problem, start, end))
 
 
 def _sources(problem: Problem, start: int, end: int) -> tuple[Source, ...]:

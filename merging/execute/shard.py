@@ -1,5 +1,8 @@
 """One shard from its plan to a published file: fetch → solve → encode → write, overlapping.
 
+In a sweep there is a file for each variant: inputs are fetched once, and what variants have in
+common is solved once.
+
 This is the function that every worker runs, on a laptop and on a cluster. Its memory is bounded by
 the plan's budget and its largest single problem; it reads only the bytes of its own problems; the
 file appears whole, followed by its receipt, or not at all.
@@ -8,12 +11,13 @@ file appears whole, followed by its receipt, or not at all.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +25,14 @@ from merging.errors import Cancelled, PlanError
 from merging.execute.fetch import Fetcher, Unit
 from merging.execute.given import Given, read_given
 from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
-from merging.execute.output import ShardFile
+from merging.execute.output import ShardFiles
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
 from merging.execute.solve import Solver
 from merging.plan.cost import group_limit
 from merging.plan.packing import data_bytes, shard_header
 from merging.plan.plan import PLAN_FORMAT, ShardWork
 from merging.rates import Rates
-from merging.receipts import ProblemFigures, Receipt, write_receipt
+from merging.receipts import OtherFile, ProblemFigures, Receipt, write_receipt
 from merging.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -44,6 +48,14 @@ class ShardCounts:
     tensors_written: int
     bytes_read: int
     bytes_written: int
+
+
+@dataclass(slots=True)
+class _Solved:
+    """What is known of a problem in one variant; shared work counts for the first that has it."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -148,8 +160,9 @@ class _ShardRun:
         self._sum: torch.Tensor | None = None
         self._budget = MemoryBudget(work.memory_budget)
         self._clock = _Clock()
-        self._figures: list[dict[str, Any]] = [{} for _ in work.shard.problems]
-        self._solve_seconds = [0.0 for _ in work.shard.problems]
+        self._variants = [
+            [_Solved() for _ in range(work.shard.num_files)] for _ in work.shard.problems
+        ]
         self._header = shard_header(work.shard.problems)
         ends = itertools.accumulate(map(data_bytes, work.shard.problems))
         self._ends = [len(self._header) + end for end in ends]
@@ -162,14 +175,13 @@ class _ShardRun:
         self._given = self._clock.run("fetch", functools.partial(read_given, work, self._storage))
         self._solver.given = self._given.tensors
         with (
-            self._storage.open_writer(work.file_uri, work.shard.size) as writer,
-            ShardFile(writer, self._budget) as file,
-            self._fetcher(writer.buffer_bytes) as fetcher,
+            ShardFiles(self._storage, work.file_uris, work.shard.size, self._budget) as files,
+            self._fetcher(files.buffer_bytes) as fetcher,
         ):
-            file.write(self._header)
+            files.write(self._header)
             for group, units in zip(self._groups, fetcher.units, strict=True):
-                self._run_group(group, units, fetcher, file)
-            stat, sha256 = self._clock.run("write", file.finish)
+                self._run_group(group, units, fetcher, files)
+            (stat, sha256), *others = self._clock.run("write", files.finish)
             receipt = Receipt(
                 plan_digest=work.plan_digest,
                 shard_index=work.shard.index,
@@ -183,11 +195,15 @@ class _ShardRun:
                 seconds=self._clock.seconds | {"total": time.perf_counter() - begin},
                 device=_device_name(self._device),
                 worker=f"{platform.node()}:{os.getpid()}",
-                problems=self._problem_figures(),
-                busy_seconds={"read": fetcher.busy.seconds, "write": file.busy.seconds},
+                problems=self._problem_figures(0),
+                busy_seconds={"read": fetcher.busy.seconds, "write": files.busy.seconds},
                 rates=self._rates,
+                others=tuple(
+                    OtherFile(stat.size, sha256, stat.version, self._problem_figures(number))
+                    for number, (stat, sha256) in enumerate(others, 1)
+                ),
             )
-            self._report(fetcher, file)
+            self._report(fetcher, files)
         write_receipt(self._storage, work.output_uri, receipt)
         return receipt
 
@@ -206,7 +222,7 @@ class _ShardRun:
         return workspace + piece.output_bytes
 
     def _run_group(
-        self, group: Group, units: list[Unit], fetcher: Fetcher, file: ShardFile
+        self, group: Group, units: list[Unit], fetcher: Fetcher, files: ShardFiles
     ) -> None:
         held = dict.fromkeys(units)
 
@@ -219,20 +235,30 @@ class _ShardRun:
                 raise Cancelled("The merge was cancelled.")
             alone = len(group.pieces) == 1
             inputs = self._inputs(piece, units, fetcher, release if alone else None)
-            working = self._working_bytes(piece)
-            self._clock.run("write", functools.partial(self._wait_for_writes, file, working))
-            self._budget.take(working)
-            result = self._solve(piece, inputs)
-            self._budget.release(working)
-            if piece.is_summand:
-                result = self._add_up(piece, result)
-            if piece.is_last or not piece.is_summand:
-                self._clock.run("write", functools.partial(file.write, result))
+            self._run_piece(piece, inputs, files)
             if piece.is_last:
                 self._solved = piece.number + 1
-            self._report(fetcher, file)
+            self._report(fetcher, files)
         for unit in list(held):
             release(fetcher.wait(unit))
+
+    def _run_piece(self, piece: Piece, inputs: Iterator[torch.Tensor], files: ShardFiles) -> None:
+        """Solve a piece in all variants; each result is written while the next is solved."""
+        variants = self._variants[piece.number]
+        results = self._solver.solve(piece, inputs, [variant.figures for variant in variants])
+        working = self._working_bytes(piece)
+        with contextlib.closing(results):
+            for _ in range(len(piece.treatment.applied)):
+                self._clock.run("write", functools.partial(self._wait_for_writes, files, working))
+                self._budget.take(working)
+                (numbers, result), seconds = self._solve(results)
+                self._budget.release(working)
+                variants[numbers[0]].seconds += seconds
+                if piece.is_summand:
+                    result = self._add_up(piece, result)
+                if piece.is_last or not piece.is_summand:
+                    self._clock.run("write", functools.partial(files.write, result, numbers))
+                del result
 
     def _add_up(self, piece: Piece, result: torch.Tensor) -> torch.Tensor:
         """The sum of the results of a problem's pieces so far."""
@@ -241,19 +267,21 @@ class _ShardRun:
         self._sum = result
         return result
 
-    def _wait_for_writes(self, file: ShardFile, needed: int) -> None:
+    def _wait_for_writes(self, files: ShardFiles, needed: int) -> None:
         """Let earlier results be written first if they are in the way of solving the next."""
         budget = self._budget
-        budget.wait_until(lambda: budget.used + needed <= budget.limit or file.bytes_waiting == 0)
+        budget.wait_until(lambda: budget.used + needed <= budget.limit or not files.bytes_waiting)
 
-    def _solve(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> torch.Tensor:
+    def _solve(
+        self, results: Generator[tuple[tuple[int, ...], torch.Tensor]]
+    ) -> tuple[tuple[tuple[int, ...], torch.Tensor], float]:
+        """The next result, and the seconds that it took beside waiting for bytes."""
         waited = self._clock.seconds["fetch"]
         begin = time.perf_counter()
-        result = self._solver.solve(piece, inputs, self._figures[piece.number])
+        result = next(results)
         seconds = time.perf_counter() - begin - (self._clock.seconds["fetch"] - waited)
         self._clock.seconds["solve"] += seconds
-        self._solve_seconds[piece.number] += seconds
-        return result
+        return result, seconds
 
     def _inputs(
         self,
@@ -278,29 +306,30 @@ class _ShardRun:
             if release is not None and piece.streaming and not (has_base and position == 0):
                 release(unit)
 
-    def _report(self, fetcher: Fetcher, file: ShardFile) -> None:
+    def _report(self, fetcher: Fetcher, files: ShardFiles) -> None:
         if self._on_progress is None:
             return
-        written = file.bytes_written
+        written = files.bytes_written
         self._on_progress(
             ShardCounts(
                 tensors_fetched=self._fetched,
                 tensors_solved=self._solved,
-                tensors_written=bisect.bisect_right(self._ends, written),
+                tensors_written=bisect.bisect_right(self._ends, min(written)),
                 bytes_read=fetcher.bytes_read,
-                bytes_written=written,
+                bytes_written=sum(written),
             )
         )
 
-    def _problem_figures(self) -> tuple[ProblemFigures, ...]:
+    def _problem_figures(self, number: int) -> tuple[ProblemFigures, ...]:
+        """Figures of all problems in one of the files."""
         return tuple(
             ProblemFigures(
                 tensor_name=problem.tensor_name,
-                method=self._work.settings[problem.setting].method,
-                solve_seconds=round(self._solve_seconds[number], 6),
-                figures=self._figures[number],
+                method=self._work.settings[problem.setting].of_variant(number).method,
+                solve_seconds=round(variants[number].seconds, 6),
+                figures=variants[number].figures,
             )
-            for number, problem in enumerate(self._work.shard.problems)
+            for problem, variants in zip(self._work.shard.problems, self._variants, strict=True)
         )
 
 

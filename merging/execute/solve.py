@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merging.dtypes import torch_dtype
 from merging.errors import NumericalError
 from merging.execute.experts import ExpertMaker
 from merging.execute.pieces import Piece
-from merging.method import Step, Task, get_method
-from merging.plan.plan import COPY, Setting, ShardWork, Source
+from merging.execute.treatment import Treatment
+from merging.method import MergeMethod, Task
+from merging.plan.plan import ShardWork, Source
 
 if TYPE_CHECKING:
     import torch
 
 _CHECK_BLOCK = 1 << 18
 """Entries looked at together by the finiteness check: small enough to stay in cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Resolved:
-    """A setting with its method's step looked up and its parameters validated."""
-
-    step: Step | None
-    parameters: Any
-    expert_parameters: tuple[Any, ...]
-
-
-def _resolve(setting: Setting) -> _Resolved:
-    if setting.method == COPY:
-        return _Resolved(None, None, ())
-    method = get_method(setting.method)
-    return _Resolved(
-        method.step(setting.step),
-        method.parameters.model_validate(setting.parameters),
-        tuple(method.expert_parameters.model_validate(p) for p in setting.expert_parameters),
-    )
 
 
 class Solver:
@@ -50,9 +31,8 @@ class Solver:
     def __init__(self, work: ShardWork, device: str) -> None:
         self.given: Mapping[Source, torch.Tensor] = {}
         self._work = work
-        self._memory: dict[str, Any] = {}
+        self._memory: defaultdict[int, dict[str, Any]] = defaultdict(dict)
         self._device = device
-        self._settings = [_resolve(setting) for setting in work.settings]
         self._experts = ExpertMaker()
         self._copies: torch.cuda.Stream | None = None
         if device != "cpu":
@@ -61,61 +41,79 @@ class Solver:
             self._copies = torch.cuda.Stream(device)
 
     def solve(
-        self, piece: Piece, inputs: Iterator[torch.Tensor], figures: dict[str, Any]
-    ) -> torch.Tensor:
+        self, piece: Piece, inputs: Iterator[torch.Tensor], figures: Sequence[dict[str, Any]]
+    ) -> Generator[tuple[tuple[int, ...], torch.Tensor]]:
         """Merge one piece.
 
         Args:
             piece: Which entries of which problem.
             inputs: Flat host tensors in stored dtype: base first if there is one, then experts.
-            figures: Filled with what the method reports.
+            figures: Filled with what the method reports, for each file of the shard.
 
-        Returns:
-            Flat contiguous host tensor in the output dtype.
+        Yields:
+            Numbers of files, and the flat contiguous host tensor in the output dtype for them.
 
         Raises:
             NumericalError: ``non_finite_input`` or ``non_finite_output``, naming the tensor.
         """
         problem = piece.problem
-        resolved = self._settings[problem.setting]
-        merged = (
-            next(inputs).clone()
-            if resolved.step is None
-            else self._merge(resolved.step, resolved, piece, inputs, figures)
-        )
-        result = merged.reshape(-1).to(torch_dtype(problem.dtype)).cpu()
-        if resolved.step is not None and self._work.check_finite:
-            check_finite(result, f"The merged tensor {problem.tensor_name!r}", "non_finite_output")
-        return result
+        treatment = piece.treatment
+        reported = [figures[files[0]] for files in treatment.files]
+        for place, merged in self._merge(piece, inputs, reported):
+            result = merged.reshape(-1).to(torch_dtype(problem.dtype)).cpu()
+            del merged  # its memory may be used again while the result is written
+            if treatment.applied[place].step is not None and self._work.check_finite:
+                what = f"The merged tensor {problem.tensor_name!r}"
+                check_finite(result, what, "non_finite_output")
+            files = treatment.files[place]
+            for number in files[1:]:
+                figures[number].update(reported[place])
+            yield files, result
 
     def _merge(
         self,
-        step: Step,
-        resolved: _Resolved,
         piece: Piece,
         inputs: Iterator[torch.Tensor],
-        figures: dict[str, Any],
-    ) -> torch.Tensor:
-        problem = piece.problem
+        figures: Sequence[dict[str, Any]],
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The places of what is applied, and merged tensors on the device."""
+        treatment, problem = piece.treatment, piece.problem
+        if treatment.applied[0].step is None:  # then in all variants
+            yield 0, next(inputs).clone()
+            return
         if piece.start == 0:
-            self._memory = {}
+            self._memory.clear()
         arriving = self._arrive(piece, inputs)
         base = next(arriving).view(piece.shape) if problem.base is not None else None
-        task = Task(
+        made = self._experts.make(piece, base, arriving, expand=not treatment.takes_adapters)
+        held = list(made) if len(treatment.groups) > 1 else None
+        seen = base if problem.sees_base else None
+        tasks = [self._task(piece, place, figures[place]) for place in range(len(figures))]
+        for group in treatment.groups:
+            experts = made if held is None else iter(held)
+            if len(group) == 1:
+                step = treatment.applied[group[0]].step
+                assert step is not None
+                yield group[0], step.merge(seen, experts, tasks[group[0]])
+            else:
+                yield from _merge_layer(treatment, group, seen, experts, tasks)
+
+    def _task(self, piece: Piece, place: int, figures: dict[str, Any]) -> Task:
+        problem = piece.problem
+        applied = piece.treatment.applied[place]
+        return Task(
             tensor_name=problem.tensor_name,
-            parameters=resolved.parameters,
-            expert_parameters=resolved.expert_parameters,
+            parameters=applied.parameters,
+            expert_parameters=applied.expert_parameters,
             seed=self._work.seed,
             offset=piece.start,
             row_block=problem.row_block,
             transposed=problem.transposed,
-            ranks=problem.ranks if step.takes_adapters else (),
+            ranks=problem.ranks if piece.treatment.takes_adapters else (),
             figures=figures,
             given=tuple(self.given[source].to(self._device) for source in problem.given),
-            memory=self._memory,
+            memory=self._memory[place],
         )
-        experts = self._experts.make(piece, base, arriving, expand=not step.takes_adapters)
-        return step.merge(base if problem.sees_base else None, experts, task)
 
     def _arrive(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Inputs on the device; a host buffer is free again when the next one is asked for."""
@@ -145,6 +143,28 @@ class Solver:
         solving.wait_event(done)
         on_device.record_stream(solving)
         return on_device, done.synchronize
+
+
+def _merge_layer(
+    treatment: Treatment,
+    group: Sequence[int],
+    base: torch.Tensor | None,
+    experts: Iterator[torch.Tensor],
+    tasks: Sequence[Task],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The variants of a group, which share one pass over the experts."""
+    from merging.ops.layers import merge_layer
+
+    assert base is not None
+    solvers = []
+    for place in group:
+        step = treatment.applied[place].step
+        assert isinstance(step, MergeMethod)
+        assert step.layer is not None
+        solvers.append((step.layer, tasks[place]))
+    for number, merged in merge_layer(base, experts, solvers):
+        yield group[number], merged
+        del merged
 
 
 def _nothing() -> None:

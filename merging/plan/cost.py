@@ -11,6 +11,9 @@ What a worker holds while it works on one problem, from how it works:
 - An adapter's factors are read whole and held in float32 while the tensor is worked on. Where a
   method needs the expert that they make, that is a float32 tensor (or tile) more.
 - Methods compute in float64 if an input is float64: their workspace is then twice as large.
+- Variants of a sweep are worked on one after the other. They share one pass over the inputs if all
+  of them solve the same problem of a layer; else all inputs are held, and whole tensors unless all
+  variants can be cut anywhere.
 
 ``device_bytes`` is what of that is where the solving is done: everything but the cast result.
 ``host_bytes`` is all of it when a CPU solves; in a plan for workers with a GPU (one with a device
@@ -30,7 +33,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from merging.dtypes import ITEM_SIZE
-from merging.method import Geometry, MergeMethod, Step
+from merging.layered import group_by_problem, layer_cost
+from merging.method import Cost, Geometry, MergeMethod, Step
+from merging.ops.layer_method import LayerVariant
 from merging.plan.plan import Problem
 
 TILE_MULTIPLE = 1 << 16
@@ -42,6 +47,10 @@ ROW_MULTIPLE = 64
 _MIN_GROUP_BYTES = 1 << 20
 _MAX_GROUP_BYTES = 64 << 20
 _FLOAT32_BYTES = 4
+
+
+Application = tuple[Step | None, Any]
+"""A method, or one of its steps, with resolved parameters; None is a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,37 +180,53 @@ def expansion_flops(num_entries: int, ranks: Sequence[int]) -> float:
     return 2.0 * num_entries * sum(ranks)
 
 
-def _adapter_entries(method: Step, load: Load, num_entries: int) -> int:
+def is_tiled(steps: Sequence[Step | None]) -> bool:
+    """Whether all of these can be cut anywhere, so that tensors are worked on in tiles."""
+    return all(step is None or step.separable in ("elementwise", "sum") for step in steps)
+
+
+def is_streaming(variants: Sequence[Application]) -> bool:
+    """Whether one pass over the experts, of which each is forgotten, serves all variants."""
+    streaming = all(step is not None and step.streaming for step, _ in variants)
+    return streaming and len(group_by_problem(variants)) == 1
+
+
+def takes_adapters(steps: Sequence[Step | None]) -> bool:
+    """Whether adapters are handed to all of these as they are."""
+    return all(step is not None and step.takes_adapters for step in steps)
+
+
+def _adapter_entries(variants: Sequence[Application], load: Load, num_entries: int) -> int:
     """Numbers held of adapters: their factors, and the experts (or tiles of them) made of these.
 
-    A method that takes adapters gets an expert that has a tensor of its own beside one expanded,
-    one at a time.
+    Methods that take adapters get an expert that has a tensor of its own beside one expanded, one
+    at a time if they forget it.
     """
     if not load.num_adapters:
         return 0
     rows, columns = load.geometry.matrix
     factors = sum(load.ranks) * (rows + columns)
-    if method.takes_adapters:
+    if takes_adapters([step for step, _ in variants]) and is_streaming(variants):
         return factors + (num_entries if load.expert_bytes else 0)
     stored_columns = rows if load.transposed else columns
     return factors + num_entries * load.num_adapters + ROW_MULTIPLE * stored_columns
 
 
-def problem_cost(method: Step | None, parameters: Any, load: Load, budgets: Budgets) -> ProblemCost:
+def problem_cost(variants: Sequence[Application], load: Load, budgets: Budgets) -> ProblemCost:
     """The cost of one problem, with the largest row block that fits if the whole does not.
 
     Args:
-        method: A method, or one of its steps; None for a copy.
-        parameters: The method's resolved parameters.
+        variants: What is done with it: one thing, or several different ones in a sweep.
         load: The problem.
         budgets: What a worker may use. If nothing fits, the cost is that of the smallest block.
     """
 
     def blocked(multiple: int) -> ProblemCost:
-        return _cost(method, parameters, load, budgets, multiple * ROW_MULTIPLE)
+        return _cost(variants, load, budgets, multiple * ROW_MULTIPLE)
 
     whole = blocked(0)
-    if method is None or method.separable != "rows" or budgets.hold(whole):
+    by_rows = any(step is not None and step.separable == "rows" for step, _ in variants)
+    if not by_rows or budgets.hold(whole):
         return whole
     multiples = range(1, -(-load.geometry.matrix[0] // ROW_MULTIPLE))
     fitting = bisect.bisect_left(multiples, x=True, key=lambda n: not budgets.hold(blocked(n)))
@@ -209,31 +234,50 @@ def problem_cost(method: Step | None, parameters: Any, load: Load, budgets: Budg
 
 
 def _cost(
-    method: Step | None, parameters: Any, load: Load, budgets: Budgets, row_block: int
+    variants: Sequence[Application], load: Load, budgets: Budgets, row_block: int
 ) -> ProblemCost:
-    geometry = dataclasses.replace(load.geometry, row_block=row_block)
+    steps = [step for step, _ in variants]
+    ranks = load.geometry.ranks if takes_adapters(steps) else ()
+    geometry = dataclasses.replace(load.geometry, row_block=row_block, ranks=ranks)
     entries = geometry.num_entries
-    flops = method.cost(geometry, parameters).flops if method else 0.0
-    if method is not None and not method.takes_adapters:
+    flops = sum(cost.flops for cost in _step_costs(variants, geometry))
+    if steps[0] is not None and not takes_adapters(steps):
         flops += expansion_flops(entries, load.ranks)
     inputs = load.base_bytes + sum(load.expert_bytes)
-    if method is None or method.separable in ("elementwise", "sum"):
+    if is_tiled(steps):
         expanded = inputs + _FLOAT32_BYTES * entries * load.num_adapters
         tile = min(entries, tile_entries(entries, expanded, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry
         entries = tile
         inputs += sum(load.factor_bytes)
-    elif method.streaming:
+    elif is_streaming(variants):
         read = sorted((*load.expert_bytes, *load.factor_bytes))
         inputs = load.base_bytes + sum(read[-2:])
     else:
         inputs += sum(load.factor_bytes)
     workspace = 0
-    if method is not None:
-        workspace = max(method.cost(geometry, parameters).workspace_bytes, entries * _FLOAT32_BYTES)
-        workspace += _adapter_entries(method, load, entries) * _FLOAT32_BYTES
+    if costs := _step_costs(variants, geometry):
+        workspace = max(entries * _FLOAT32_BYTES, *(cost.workspace_bytes for cost in costs))
+        workspace += _adapter_entries(variants, load, entries) * _FLOAT32_BYTES
         workspace *= 2 if load.is_double else 1
     result = (entries if load.result_entries is None else load.result_entries) * load.item_size
     on_host = inputs + result + (workspace if budgets.device is None else 0)
     return ProblemCost(flops, on_host, inputs + workspace, row_block)
+
+
+def _step_costs(variants: Sequence[Application], geometry: Geometry) -> list[Cost]:
+    """Of what is worked on at once: variants that share a problem, anything else by itself."""
+    costs = []
+    for group in group_by_problem(variants):
+        layers = [
+            LayerVariant(step.layer, parameters)
+            for step, parameters in (variants[place] for place in group)
+            if isinstance(step, MergeMethod) and step.layer is not None
+        ]
+        step, parameters = variants[group[0]]
+        if len(group) > 1:
+            costs.append(layer_cost(geometry, layers))
+        elif step is not None:
+            costs.append(step.cost(geometry, parameters))
+    return costs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -77,13 +77,26 @@ class Parts(msgspec.Struct, frozen=True, array_like=True):
 class Setting(msgspec.Struct, frozen=True):
     """A method with resolved parameters, shared by all problems that use the same ones.
 
-    ``step`` is the part of a method that works in several passes (:meth:`MergeMethod.step`).
+    Attributes:
+        method: Its name.
+        parameters: Of the merge.
+        expert_parameters: Of each expert.
+        step: The part of a method that works in several passes (:meth:`MergeMethod.step`).
+        others: In a sweep, what its other variants do with the same problems, in order; empty where
+            all do the same.
     """
 
     method: str
     parameters: dict[str, Any] = {}
     expert_parameters: tuple[dict[str, Any], ...] = ()
     step: str = ""
+    others: tuple[Setting, ...] = ()
+
+    def of_variant(self, number: int) -> Setting:
+        """What one variant does."""
+        if number and self.others:
+            return self.others[number - 1]
+        return msgspec.structs.replace(self, others=())
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -186,6 +199,9 @@ class Shard(msgspec.Struct, frozen=True):
     A file of ``weights`` is part of the output. An ``intermediate`` one lies in the plan's
     workspace, is read by later shards, and goes when the output is published; its tensors are named
     after the output tensors that they are for.
+
+    Every variant of a sweep has a file of weights of the same name and size: the shard is all of
+    them.
     """
 
     index: int
@@ -193,6 +209,7 @@ class Shard(msgspec.Struct, frozen=True):
     size: int
     problems: tuple[Problem, ...]
     kind: Kind = "weights"
+    num_files: int = 1
 
     @property
     def is_output(self) -> bool:
@@ -204,6 +221,11 @@ class Shard(msgspec.Struct, frozen=True):
         """Bytes read for it."""
         given = {source for problem in self.problems for source in problem.given}
         return sum(item.bytes_read for item in self.problems) + sum(s.num_bytes for s in given)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of its files."""
+        return self.size * self.num_files
 
     @property
     def flops(self) -> float:
@@ -228,6 +250,22 @@ class Companion(msgspec.Struct, frozen=True):
     source_uri: str
     file_name: str
     version: str
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A variant of a sweep.
+
+    Attributes:
+        name: The folder of its checkpoint, under the plan's output.
+        recipe: Its normalised recipe, as of a merge by itself.
+        recipe_digest: ``sha256:…`` of it.
+        method: Name of its method.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    method: str
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -262,11 +300,12 @@ class ShardWork(msgspec.Struct, frozen=True):
     threads: int
     memory_budget: int
     check_finite: bool
+    variants: tuple[str, ...] = ()
 
     @property
-    def file_uri(self) -> str:
-        """Where the shard's file goes."""
-        return file_uri(self.output_uri, self.plan_digest, self.shard)
+    def file_uris(self) -> tuple[str, ...]:
+        """Where the shard's files go, in the order of the variants."""
+        return file_uris(self.output_uri, self.plan_digest, self.shard, self.variants)
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -292,6 +331,8 @@ class Plan(msgspec.Struct, frozen=True):
         warnings: What the user should know before running it.
         totals: Sums.
         device_memory_budget: GPU bytes likewise: the plan is for workers that have them; None: any.
+        variants: Of a sweep, each with a checkpoint of its own under the output; recipe and method
+            are the whole sweep's.
     """
 
     format: int
@@ -313,6 +354,39 @@ class Plan(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
     totals: Totals
     device_memory_budget: int | None = None
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def variant_names(self) -> tuple[str, ...]:
+        """Names of the variants; empty unless it is a sweep."""
+        return tuple(variant.name for variant in self.variants)
+
+    @property
+    def checkpoint_uris(self) -> tuple[str, ...]:
+        """Where merged checkpoints appear: the output, or a folder in it for each variant."""
+        return checkpoint_uris(self.output_uri, self.variant_names)
+
+    def merges(self) -> tuple[Plan, ...]:
+        """The plan of each variant as of a merge by itself, for what comes after the shards.
+
+        Costs stay those of all together. A plan without variants is its own only merge.
+        """
+        if not self.variants:
+            return (self,)
+        shards = tuple(msgspec.structs.replace(shard, num_files=1) for shard in self.shards)
+        return tuple(
+            msgspec.structs.replace(
+                self,
+                recipe=variant.recipe,
+                recipe_digest=variant.recipe_digest,
+                method=variant.method,
+                output_uri=self.checkpoint_uris[number],
+                settings=tuple(setting.of_variant(number) for setting in self.settings),
+                shards=shards,
+                variants=(),
+            )
+            for number, variant in enumerate(self.variants)
+        )
 
     def to_json(self) -> bytes:
         """Canonical JSON: the same plan gives the same bytes."""
@@ -372,6 +446,7 @@ class Plan(msgspec.Struct, frozen=True):
             threads=self.threads,
             memory_budget=self.memory_budget,
             check_finite=self.check_finite,
+            variants=self.variant_names,
         )
 
     def _pin(
@@ -388,6 +463,19 @@ class Plan(msgspec.Struct, frozen=True):
 def workspace_uri(output_uri: str, plan_digest: str) -> str:
     """Folder for receipts and intermediate files of one plan under its output."""
     return f"{output_uri}/{WORKSPACE}/{plan_digest.removeprefix('sha256:')[:16]}"
+
+
+def checkpoint_uris(output_uri: str, variants: Sequence[str]) -> tuple[str, ...]:
+    """Addresses of the checkpoints at an output."""
+    return tuple(f"{output_uri}/{name}" for name in variants) or (output_uri,)
+
+
+def file_uris(
+    output_uri: str, plan_digest: str, shard: Shard, variants: Sequence[str]
+) -> tuple[str, ...]:
+    """Addresses of a shard's files, in the order of the variants."""
+    outputs = checkpoint_uris(output_uri, variants) if shard.is_output else (output_uri,)
+    return tuple(file_uri(output, plan_digest, shard) for output in outputs)
 
 
 def file_uri(output_uri: str, plan_digest: str, shard: Shard) -> str:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex
 from merging.dtypes import is_float, recipe_name
@@ -32,10 +34,12 @@ from merging.plan.plan import (
     Problem,
     Shard,
     Totals,
+    checkpoint_uris,
 )
 from merging.plan.problems import ProblemBuilder
 from merging.plan.staging import Staging
 from merging.plan.tensors import check_tensors, shorten_list, unmatched_filters
+from merging.plan.variants import describe_variants
 from merging.plan.warnings import warn_of_inputs, warn_of_problems
 from merging.recipe import Recipe
 from merging.storage.base import Storage
@@ -65,8 +69,10 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     """
     output_uri = storage.normalise(output_uri)
     warnings = list(recipe.warnings)
+    variants = describe_variants(recipe)
     if not options.overwrite:
-        check_output_free(storage, output_uri)
+        for uri in checkpoint_uris(output_uri, [variant.name for variant in variants]):
+            check_output_free(storage, uri)
     inputs = read_inputs(recipe, storage, output_uri)
     entries = check_tensors(inputs, warnings)
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
@@ -79,12 +85,16 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         max_shard_size=options.max_shard_size,
         output_uri=output_uri,
     )
-    problems = staging.stage(problems)
+    if variants:
+        builder.settings.refuse_passes()
+    else:
+        problems = staging.stage(problems)
     early = [problem for shard in staging.shards for problem in shard.problems]
     check_fit([*early, *problems], builder.settings.settings, budgets)
+    outputs = pack(problems, options.max_shard_size, first_index=len(staging.shards))
     shards = (
         *staging.shards,
-        *pack(problems, options.max_shard_size, first_index=len(staging.shards)),
+        *(msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs),
     )
     described = _inputs(inputs)
     settings = builder.settings.settings
@@ -114,6 +124,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         warnings=tuple(warnings),
         totals=_totals(shards),
         device_memory_budget=options.device_memory_budget,
+        variants=variants,
     )
 
 
@@ -200,7 +211,7 @@ def _totals(shards: Sequence[Shard]) -> Totals:
     return Totals(
         tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
         bytes_read=sum(shard.bytes_read for shard in shards),
-        bytes_written=sum(shard.size for shard in shards),
+        bytes_written=sum(shard.bytes_written for shard in shards),
         flops=sum(problem.flops for problem in problems),
         max_host_bytes=max(problem.host_bytes for problem in problems),
         max_device_bytes=max(problem.device_bytes for problem in problems),

@@ -12,7 +12,7 @@ from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import RECIPE_NAMES, WRITABLE_FLOATS, is_float
 from merging.errors import Fault, PlanError, RecipeError
-from merging.method import MergeMethod, get_method
+from merging.method import MergeMethod
 from merging.plan.adapters import AdaptedTensor
 from merging.plan.cost import (
     Budgets,
@@ -23,9 +23,15 @@ from merging.plan.cost import (
     takes_matrices,
 )
 from merging.plan.inputs import Expert, Inputs
-from merging.plan.plan import COPY, Parts, Problem, Source, SourceFile
-from merging.plan.settings import SettingTable
+from merging.plan.plan import Parts, Problem, Source, SourceFile
 from merging.plan.tensors import shorten_list
+from merging.plan.variants import (
+    Layout,
+    PlannedVariant,
+    VariantSettings,
+    planned_variants,
+    shared_layout,
+)
 from merging.recipe import Recipe
 from merging.roles import Role, TouchFilter, describe_tensor, touch_filter
 from merging.selectors import layer_position
@@ -78,14 +84,14 @@ class ProblemBuilder:
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
         entries = [expert.entry for expert in inputs.experts]
-        self.settings = SettingTable(recipe, inputs.method, entries)
+        self._variants = planned_variants(recipe)
+        self.settings = VariantSettings(self._variants, entries)
         self._inputs = inputs
         self._budgets = budgets
         self._dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
-        self._touches = _touch(recipe, inputs)
         self._uses_base = inputs.method.uses_base(is_named=inputs.base is not None)
         self._has_adapters = any(e.adapter and e.index is inputs.donor for e in inputs.experts)
-        self._rest_is_mean = _rest_is_mean(recipe, inputs)
+        self._rest_is_mean = False
         self._file_numbers: dict[str, int] = {}
         self._costs: dict[tuple[int, Load], ProblemCost] = {}
 
@@ -102,8 +108,13 @@ class ProblemBuilder:
         for tensor in tensors:
             last = num_layers.get(tensor.tower, 0)
             num_layers[tensor.tower] = max(last, tensor.role.layer + 1)
-        touched = self._choose(tensors)
-        ordered = _model_order(list(zip(tensors, touched, strict=True)), num_layers)
+        layout = shared_layout(
+            self._variants,
+            lambda v: Layout(self._touched(v, tensors), _rest_is_mean(v, self._inputs)),
+            [tensor.entry.name for tensor in tensors],
+        )
+        self._rest_is_mean = layout.rest_is_mean
+        ordered = _model_order(list(zip(tensors, layout.touched, strict=True)), num_layers)
         problems = [
             self._problem(tensor, num_layers[tensor.tower], is_touched=is_touched)
             for tensor, is_touched in ordered
@@ -120,14 +131,15 @@ class ProblemBuilder:
             tensors.append(_Tensor(entry, role, tower))
         return tensors
 
-    def _choose(self, tensors: Sequence[_Tensor]) -> list[bool]:
-        """Which tensors the method merges.
+    def _touched(self, variant: PlannedVariant, tensors: Sequence[_Tensor]) -> list[bool]:
+        """Which tensors the method of a variant merges.
 
         A method with matrices of rows×columns takes tensors that are one, and above all no stack
         of many matrices, which would pass for one wide matrix.
         """
-        method = self._inputs.method
-        touched = [is_float(t.entry.dtype) and self._touches(t.entry.name, t.role) for t in tensors]
+        method = variant.method
+        touches = _touch(variant)
+        touched = [is_float(t.entry.dtype) and touches(t.entry.name, t.role) for t in tensors]
         if not any(touched):
             raise PlanError(
                 f"{method.name} would merge none of the {len(tensors)} tensors of"
@@ -213,26 +225,23 @@ class ProblemBuilder:
     def _cost(self, setting: int, load: Load) -> ProblemCost:
         key = (setting, load)
         if key not in self._costs:
-            name = self.settings.settings[setting].method
-            method = None if name == COPY else get_method(name)
-            parameters = self.settings.parameters(setting)
-            self._costs[key] = problem_cost(method, parameters, load, self._budgets)
+            self._costs[key] = problem_cost(self.settings.methods(setting), load, self._budgets)
         return self._costs[key]
 
 
-def _touch(recipe: Recipe, inputs: Inputs) -> TouchFilter:
-    given = recipe.parameters.get("touch") or _preset(recipe, inputs).get("touch")
-    return touch_filter(given or inputs.method.default_touch)
+def _touch(variant: PlannedVariant) -> TouchFilter:
+    given = variant.recipe.parameters.get("touch") or _preset(variant).get("touch")
+    return touch_filter(given or variant.method.default_touch)
 
 
-def _preset(recipe: Recipe, inputs: Inputs) -> Mapping[str, Any]:
+def _preset(variant: PlannedVariant) -> Mapping[str, Any]:
     """What the recipe's preset sets, if it has one."""
-    return inputs.method.parameters.preset_values(recipe.parameters.get("preset"))
+    return variant.method.parameters.preset_values(variant.recipe.parameters.get("preset"))
 
 
-def _rest_is_mean(recipe: Recipe, inputs: Inputs) -> bool:
+def _rest_is_mean(variant: PlannedVariant, inputs: Inputs) -> bool:
     """Whether tensors that the method does not merge become the experts' mean."""
-    rest = recipe.parameters.get("rest") or _preset(recipe, inputs).get("rest")
+    rest = variant.recipe.parameters.get("rest") or _preset(variant).get("rest")
     if rest == "base" and inputs.base is None:
         detail = (
             "'rest: base' takes tensors from a base model, and the recipe names none; add"
@@ -240,7 +249,7 @@ def _rest_is_mean(recipe: Recipe, inputs: Inputs) -> bool:
         )
         fault = Fault("/parameters/rest", "incompatible_options", detail)
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
-    return (rest or inputs.method.default_rest) == "mean" or inputs.base is None
+    return (rest or variant.method.default_rest) == "mean" or inputs.base is None
 
 
 def _refuse_others(method: MergeMethod, others: Sequence[TensorEntry]) -> None:

@@ -25,7 +25,7 @@ _Level = Mapping[str, ParameterValue]
 
 
 class SettingTable:
-    """Resolves the recipe's parameters tensor by tensor; equal results share one setting.
+    """Resolves a recipe's parameters tensor by tensor; equal results share one setting.
 
     Args:
         recipe: A checked recipe.
@@ -107,14 +107,18 @@ class SettingTable:
 
     def raise_faults(self) -> None:
         """Raise :class:`RecipeError` if the parameters of a tensor do not go together."""
+        if faults := self.faults("/parameters"):
+            raise recipe_error(faults[:SHOWN])
+
+    def faults(self, pointer: str) -> list[Fault]:
+        """Parameters that do not go together for some tensors, told of a place in the recipe."""
         faults = []
         for reason, names in self._faults.items():
             where = f"tensor {names[0]!r}"
             if len(names) > 1:
                 where += f" and {len(names) - 1} more"
-            faults.append(Fault("/parameters", "bad_parameter", f"For {where}: {reason}"))
-        if faults:
-            raise recipe_error(faults[:SHOWN])
+            faults.append(Fault(pointer, "bad_parameter", f"For {where}: {reason}"))
+        return faults
 
     def _keep_fault(self, error: ValidationError, tensor_name: str) -> None:
         for item in error.errors(include_url=False):

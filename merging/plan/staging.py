@@ -18,7 +18,7 @@ from merging.method import COMBINED, FINISH, Geometry, MergeMethod, Reduction, S
 from merging.plan.cost import Budgets, problem_cost, problem_load
 from merging.plan.packing import intermediate_file, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
-from merging.plan.settings import SettingTable
+from merging.plan.variants import VariantSettings
 
 
 class Staging:
@@ -37,7 +37,7 @@ class Staging:
 
     def __init__(
         self,
-        settings: SettingTable,
+        settings: VariantSettings,
         files: list[SourceFile],
         budgets: Budgets,
         *,
@@ -168,7 +168,8 @@ class Staging:
         method = self._method(problem.setting)
         assert method is not None
         parameters = self._settings.parameters(problem.setting)
-        cost = problem_cost(method.step(step), parameters, problem_load(problem), self._budgets)
+        steps = [(method.step(step), parameters)]
+        cost = problem_cost(steps, problem_load(problem), self._budgets)
         return msgspec.structs.replace(
             problem,
             setting=self._settings.step(problem.setting, step),

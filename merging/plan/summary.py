@@ -18,11 +18,6 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         plan: Any plan.
         estimate: How long it should take; null in the summary if that is not known.
     """
-    methods = Counter(
-        plan.settings[problem.setting].method
-        for shard in plan.outputs
-        for problem in shard.problems
-    )
     return {
         "object": "plan_summary",
         "plan_digest": plan.digest,
@@ -32,7 +27,7 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         "inputs": [{"uri": i.uri, "role": i.role, "digest": i.digest} for i in plan.inputs],
         "shards": len(plan.shards),
         "tensors": plan.totals.tensors,
-        "tensors_by_method": dict(sorted(methods.items())),
+        "tensors_by_method": _tensors_by_method(plan),
         "bytes_read": plan.totals.bytes_read,
         "bytes_written": plan.totals.bytes_written,
         "bytes_intermediate": plan.totals.bytes_intermediate,
@@ -53,6 +48,26 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
             }
             for shard in plan.shards
         ],
+        "variants": [
+            {
+                "name": variant.name,
+                "method": variant.method,
+                "uri": plan.checkpoint_uris[number],
+                "recipe_digest": variant.recipe_digest,
+                "tensors_by_method": _tensors_by_method(plan, number),
+            }
+            for number, variant in enumerate(plan.variants)
+        ],
         "companions": [companion.file_name for companion in plan.companions],
         "warnings": list(plan.warnings),
     }
+
+
+def _tensors_by_method(plan: Plan, number: int = 0) -> dict[str, int]:
+    """How many tensors of the output each method makes, in one variant."""
+    methods = Counter(
+        plan.settings[problem.setting].of_variant(number).method
+        for shard in plan.outputs
+        for problem in shard.problems
+    )
+    return dict(sorted(methods.items()))

@@ -97,7 +97,7 @@ def shard_seconds(plan: Plan, shard: Shard, rates: Rates) -> StageSeconds | None
         return None
     read = sum(size / rates.read[kind] for kind, size in sizes.items())
     solve = sum(_solve_seconds(plan, problem, rates) for problem in shard.problems)
-    write = shard.size / rates.written[target]
+    write = shard.bytes_written / rates.written[target]
     return StageSeconds(read, solve, write, max(read, solve, write) + _SHARD_SECONDS)
 
 

@@ -20,11 +20,12 @@ from merging.recipe.parameters import (
     shorten,
 )
 from merging.recipe.recipe import ModelEntry, Recipe
+from merging.recipe.sweep import read_sweep
 from merging.roles import touch_filter
 from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
-    {"name", "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
+    {"name", "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype", "sweep"}
 )
 _MODEL_KEYS = frozenset({"model", "parameters"})
 
@@ -78,11 +79,17 @@ def validate_recipe(
         data = load_document(document, faults)
     except RecipeError as error:
         return None, list(error.faults) or [Fault("", error.code, error.detail)]
-    reader = _Reader(data)
-    recipe = reader.read()
+    is_sweep = data.get("sweep") is not None
+    recipe, found = read_sweep(data, _read) if is_sweep else _read(data)
     known = {fault.pointer for fault in faults}
-    faults += [fault for fault in reader.faults if fault.pointer not in known]
+    faults += [fault for fault in found if fault.pointer not in known]
     return (None, faults[:_MAX_FAULTS]) if faults else (recipe, [])
+
+
+def _read(data: dict[str, Any]) -> tuple[Recipe, list[Fault]]:
+    """One recipe, and what is wrong with it."""
+    reader = _Reader(data)
+    return reader.read(), reader.faults
 
 
 def recipe_error(faults: list[Fault]) -> RecipeError:

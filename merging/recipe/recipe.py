@@ -20,6 +20,22 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """One variant of a sweep, as a recipe of its own; its name is the folder of its checkpoint."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A recipe that asks for several variants: as it is written, and what it stands for."""
+
+    document: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What to merge. Made by :func:`merging.recipe.parse_recipe`, which checks everything.
 
@@ -33,6 +49,8 @@ class Recipe:
         out_dtype: Type of the merged tensors.
         name: What the user calls it.
         warnings: Keys that were accepted and have no effect here.
+        sweep: The variants, if several are asked for; method and parameters are then those of the
+            first.
     """
 
     merge_method: str
@@ -43,11 +61,16 @@ class Recipe:
     out_dtype: str | None = None
     name: str | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    sweep: Sweep | None = None
 
     def normalised(self) -> dict[str, Any]:
         """The recipe as plain data in one form: sorted keys, numbers in their parameter's type,
         and without what equals the default. Reading it again gives an equal recipe.
+
+        A sweep stays as it is written; the recipes of its variants have the one form.
         """
+        if self.sweep is not None:
+            return dict(self.sweep.document)
         plain = {
             "name": self.name,
             "merge_method": self.merge_method,

@@ -318,7 +318,7 @@ def _shard_row(job_id: str, shard: Shard) -> dict[str, Any]:
         "tensors_total": len(shard.problems),
         **dict.fromkeys(_COUNTS, 0),
         "bytes_read_total": shard.bytes_read,
-        "bytes_total": shard.size,
+        "bytes_total": shard.bytes_written,
     }
 
 

@@ -114,9 +114,9 @@ class ShardBoard:
         return Progress(
             shards_done=len(done),
             shards_total=len(self._shards),
-            bytes_done=sum(shard.bytes_read + shard.size for shard in done)
+            bytes_done=sum(shard.bytes_read + shard.bytes_written for shard in done)
             + sum(counts.bytes_read + counts.bytes_written for counts in running),
-            bytes_total=sum(shard.bytes_read + shard.size for shard in self._shards),
+            bytes_total=sum(shard.bytes_read + shard.bytes_written for shard in self._shards),
             tensors_done=sum(len(shard.problems) for shard in done if shard.is_output)
             + sum(c.tensors_written for c in running if self._shards[c.shard_index].is_output),
             tensors_total=sum(len(s.problems) for s in self._shards if s.is_output),

@@ -142,7 +142,8 @@ class ShardDesk:
     def record_published(self, receipt: Receipt, attempt: int) -> None:
         """Tell the store that a shard is published."""
         summary = msgspec.to_builtins(receipt)
-        del summary["problems"]  # figures per tensor are in the merge report
+        for file in (summary, *summary["others"]):
+            del file["problems"]  # figures per tensor are in the merge report
         del summary["rates"]
         self._record(receipt.shard_index, ShardState.SUCCEEDED, attempt, receipt=summary)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from merging.errors import StorageError
 from merging.options import MergeOptions
 from merging.plan.plan import Plan, workspace_uri
 from merging.plan.planner import make_plan
-from merging.publish import INDEX_NAME, prepare_output, publish, read_report
+from merging.publish import find_published, prepare_output, publish
 from merging.receipts import Receipt, read_receipt, receipt_uri
 from merging.recipe import parse_recipe
 from merging.storage.base import Storage
@@ -51,7 +50,7 @@ def prepare(plan: Plan, job: JobRecord, storage: Storage) -> Remains:
         prepare_output(plan, storage)
     receipts = find_receipts(plan, storage)
     if is_taken_over and len(receipts) < len(plan.shards):
-        return Remains(receipts, find_report(plan, storage))
+        return Remains(receipts, find_published(plan, storage))
     return Remains(receipts)
 
 
@@ -60,23 +59,11 @@ def find_receipts(plan: Plan, storage: Storage) -> dict[int, Receipt]:
     digest = plan.digest
     present = {item.uri for item in storage.list(workspace_uri(plan.output_uri, digest))}
     found = {
-        shard.index: read_receipt(storage, plan.output_uri, digest, shard)
+        shard.index: read_receipt(storage, plan.output_uri, digest, shard, plan.variant_names)
         for shard in plan.shards
         if receipt_uri(plan.output_uri, digest, shard.file_name) in present
     }
     return {index: receipt for index, receipt in found.items() if receipt is not None}
-
-
-def find_report(plan: Plan, storage: Storage) -> dict[str, Any] | None:
-    """The merge report if this plan's output is complete: its index, written last, is there."""
-    try:
-        storage.stat(f"{plan.output_uri}/{INDEX_NAME}")
-        report = read_report(storage, plan.output_uri)
-    except StorageError as error:
-        if error.code == "not_found":
-            return None
-        raise
-    return report if report.get("plan_digest") == plan.digest else None
 
 
 def publish_output(plan: Plan, receipts: dict[int, Receipt], storage: Storage) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from merging.errors import Cancelled, MergeError, WorkerError
 from merging.plan.packing import shard_header
-from merging.receipts import Receipt, write_receipt
+from merging.receipts import OtherFile, Receipt, write_receipt
 from merging.storage.base import Storage
 from workers.messages import (
     PoolEvent,
@@ -154,13 +154,14 @@ class FakePool:
                     self._storage.read_into(file.uri, source.start, buffer, version=file.version)
         header = shard_header(work.shard.problems)
         data = header + bytes(work.shard.size - len(header))
-        stat = self._storage.write_bytes(work.file_uri, data)
+        stat, *others = [self._storage.write_bytes(uri, data) for uri in work.file_uris]
+        sha256 = f"{work.shard.index:064x}"
         receipt = Receipt(
             plan_digest=work.plan_digest,
             shard_index=work.shard.index,
             file_name=work.shard.file_name,
             size=work.shard.size,
-            sha256=f"{work.shard.index:064x}",
+            sha256=sha256,
             version=stat.version,
             bytes_read=work.shard.bytes_read,
             read_requests=1,
@@ -169,6 +170,7 @@ class FakePool:
             device="cpu",
             worker="worker-1",
             problems=(),
+            others=tuple(OtherFile(stat.size, sha256, stat.version, ()) for stat in others),
         )
         write_receipt(self._storage, work.output_uri, receipt)
         return receipt

@@ -41,7 +41,7 @@ def load(entries: int, num_experts: int, *, base: bool = True) -> Load:
 
 
 def test_whole_tensor_method_holds_all_inputs_workspace_and_result() -> None:
-    found = problem_cost(method(separable="whole"), None, load(MiB, 3), Budgets(GiB))
+    found = problem_cost([(method(separable="whole"), None)], load(MiB, 3), Budgets(GiB))
     assert found.host_bytes == (4 * 2 + 12 + 2) * MiB
     assert found.device_bytes == (4 * 2 + 12) * MiB
     assert found.flops == 10.0 * MiB
@@ -50,7 +50,7 @@ def test_whole_tensor_method_holds_all_inputs_workspace_and_result() -> None:
 def test_streaming_method_holds_base_and_two_experts_however_many_there_are() -> None:
     streaming = method(separable="rows", streaming=True)
     costs = {
-        problem_cost(streaming, None, load(MiB, n), Budgets(GiB)).host_bytes for n in (2, 3, 30)
+        problem_cost([(streaming, None)], load(MiB, n), Budgets(GiB)).host_bytes for n in (2, 3, 30)
     }
     assert costs == {(3 * 2 + 12 + 2) * MiB}
 
@@ -59,7 +59,7 @@ def test_elementwise_method_is_bounded_by_its_tile() -> None:
     elementwise = method(separable="elementwise")
     budget = 64 * MiB
     costs = [
-        problem_cost(elementwise, None, load(entries, 3), Budgets(budget)).host_bytes
+        problem_cost([(elementwise, None)], load(entries, 3), Budgets(budget)).host_bytes
         for entries in (64 * MiB, 256 * MiB, 1024 * MiB)
     ]
     assert len(set(costs)) == 1
@@ -67,12 +67,12 @@ def test_elementwise_method_is_bounded_by_its_tile() -> None:
 
 
 def test_small_tensor_of_an_elementwise_method_costs_what_it_is() -> None:
-    found = problem_cost(method(separable="elementwise"), None, load(1024, 3), Budgets(GiB))
+    found = problem_cost([(method(separable="elementwise"), None)], load(1024, 3), Budgets(GiB))
     assert found.host_bytes == (4 * 2 + 12 + 2) * 1024
 
 
 def test_copy_holds_a_tile_and_its_cast() -> None:
-    found = problem_cost(None, None, load(1024, 0), Budgets(GiB))
+    found = problem_cost([(None, None)], load(1024, 0), Budgets(GiB))
     assert (found.host_bytes, found.flops) == ((2 + 2) * 1024, 0.0)
 
 
@@ -85,14 +85,15 @@ def test_result_counts_even_if_a_method_declares_no_workspace() -> None:
         separable="whole",
     )  # type: ignore[arg-type] # never called  # fmt: skip
     assert (
-        problem_cost(careless, None, load(1024, 1), Budgets(GiB)).device_bytes == (2 * 2 + 4) * 1024
+        problem_cost([(careless, None)], load(1024, 1), Budgets(GiB)).device_bytes
+        == (2 * 2 + 4) * 1024
     )
 
 
 def test_empty_tensor_costs_nothing() -> None:
     empty = Load(shape=(0, 8), transposed=False, base_bytes=0, expert_bytes=(0, 0), item_size=2)
     for separable in ("elementwise", "whole"):
-        found = problem_cost(method(separable=separable), None, empty, Budgets(GiB))
+        found = problem_cost([(method(separable=separable), None)], empty, Budgets(GiB))
         assert (found.host_bytes, found.flops) == (0, 0.0)
 
 
@@ -102,7 +103,9 @@ def test_every_method_has_a_cost_that_grows_with_the_tensor(name: str) -> None:
     parameters = registered.parameters()
     small, large = (
         problem_cost(
-            registered, parameters, load(n, 2, base=registered.needs_base), Budgets(1 << 40)
+            [(registered, parameters)],
+            load(n, 2, base=registered.needs_base),
+            Budgets(1 << 40),
         )
         for n in (64 * 64, 64 * 1024)
     )
@@ -118,7 +121,7 @@ def test_transposed_tensor_costs_as_its_transpose() -> None:
         name="x", title="", summary="", source="", merge=lambda *_: None, cost=of_columns
     )  # type: ignore[arg-type] # never called
     stored = Load((8, 32), transposed=True, base_bytes=0, expert_bytes=(512,), item_size=2)
-    assert problem_cost(counting, None, stored, Budgets(GiB)).flops == 8.0
+    assert problem_cost([(counting, None)], stored, Budgets(GiB)).flops == 8.0
 
 
 def test_tiles_are_whole_multiples_and_share_a_quarter_of_the_budget() -> None:

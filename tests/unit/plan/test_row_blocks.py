@@ -42,7 +42,7 @@ def load(rows: int, columns: int, **changes: Any) -> Load:
 
 
 def cost(budgets: Budgets, *, method: MergeMethod | None = None, **fields: Any) -> ProblemCost:
-    return problem_cost(method or by_rows(), None, load(1000, 64, **fields), budgets)
+    return problem_cost([(method or by_rows(), None)], load(1000, 64, **fields), budgets)
 
 
 WHOLE = cost(Budgets(TiB))
@@ -76,7 +76,7 @@ def test_where_nothing_fits_the_cost_is_that_of_64_rows() -> None:
 
 @pytest.mark.parametrize("rows", [1, 63, 64])
 def test_a_matrix_of_one_block_is_never_cut(rows: int) -> None:
-    assert problem_cost(by_rows(), None, load(rows, 64), Budgets(0)).row_block == 0
+    assert problem_cost([(by_rows(), None)], load(rows, 64), Budgets(0)).row_block == 0
 
 
 def test_methods_that_need_the_whole_matrix_are_never_cut() -> None:

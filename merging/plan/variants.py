@@ -1,0 +1,205 @@
+"""The variants of a sweep while it is planned: one table of settings out of many, one layout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from merging.errors import Fault
+from merging.method import MergeMethod, Parameters, get_method
+from merging.plan.plan import COPY, Setting, Variant
+from merging.plan.settings import SettingTable
+from merging.plan.tensors import SHOWN, shorten_list
+from merging.recipe import Recipe
+from merging.recipe.parse import recipe_error
+
+
+class PlannedVariant(NamedTuple):
+    """A recipe to be planned with others; ``name`` and ``pointer`` are empty if it is the only one.
+
+    Attributes:
+        name: Of the variant.
+        pointer: Its place in the recipe.
+        recipe: As of a merge by itself.
+        method: Its method.
+    """
+
+    name: str
+    pointer: str
+    recipe: Recipe
+    method: MergeMethod
+
+
+def planned_variants(recipe: Recipe) -> list[PlannedVariant]:
+    """The variants of a recipe, or the recipe itself."""
+    if recipe.sweep is None:
+        return [PlannedVariant("", "", recipe, get_method(recipe.merge_method))]
+    return [
+        PlannedVariant(v.name, f"/sweep/{number}", v.recipe, get_method(v.recipe.merge_method))
+        for number, v in enumerate(recipe.sweep.variants)
+    ]
+
+
+def describe_variants(recipe: Recipe) -> tuple[Variant, ...]:
+    """The variants as the plan keeps them."""
+    return tuple(
+        Variant(v.name, v.recipe.normalised(), v.recipe.digest, v.recipe.merge_method)
+        for v in (recipe.sweep.variants if recipe.sweep else ())
+    )
+
+
+class Layout(NamedTuple):
+    """What decides which sources a tensor has.
+
+    Attributes:
+        touched: Whether each tensor is merged.
+        rest_is_mean: Others become the experts' mean, not the base.
+    """
+
+    touched: list[bool]
+    rest_is_mean: bool
+
+
+def shared_layout(
+    variants: Sequence[PlannedVariant],
+    layout: Callable[[PlannedVariant], Layout],
+    names: Sequence[str],
+) -> Layout:
+    """The layout of all variants, which share sources and files.
+
+    Args:
+        variants: At least one.
+        layout: That of a variant.
+        names: Of the tensors.
+
+    Raises:
+        RecipeError: ``incompatible_options``, with faults for each variant that differs.
+    """
+    first = layout(variants[0])
+    faults = []
+    for variant in variants[1:]:
+        own = layout(variant)
+        pairs = zip(names, first.touched, own.touched, strict=True)
+        both = f"The variants {variants[0].name!r} and {variant.name!r}"
+        reasons = []
+        if other := [name for name, ours, theirs in pairs if ours != theirs]:
+            reasons.append(
+                f"{both} do not merge the same tensors: {shorten_list(other)}. Give the recipe a"
+                " 'touch' that holds for both, or submit them as two merges."
+            )
+        if own.rest_is_mean != first.rest_is_mean:
+            reasons.append(
+                f"{both} do not make the same of tensors that they do not merge. Give the recipe a"
+                " 'rest' that holds for both, or submit them as two merges."
+            )
+        faults += [Fault(variant.pointer, "incompatible_options", reason) for reason in reasons]
+    if faults:
+        raise recipe_error(faults)
+    return first
+
+
+class VariantSettings:
+    """The settings of all variants, together: equal combinations share one.
+
+    Args:
+        variants: At least one.
+        entries: The experts' places under ``models``.
+    """
+
+    def __init__(self, variants: Sequence[PlannedVariant], entries: Sequence[int]) -> None:
+        self.settings: list[Setting] = []
+        self._variants = variants
+        self._tables = [SettingTable(v.recipe, v.method, entries) for v in variants]
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._parts: list[tuple[int, ...]] = []
+
+    @property
+    def filters(self) -> list[str]:
+        """All name filters."""
+        return [name for table in self._tables for name in table.filters]
+
+    def parameters(self, setting: int) -> Parameters | None:
+        """The validated parameters of a setting, in the first variant; None of a copy."""
+        return self._tables[0].parameters(self._parts[setting][0])
+
+    def methods(self, setting: int) -> list[tuple[MergeMethod | None, Any]]:
+        """Methods (None is a copy) with parameters, each different one once."""
+        seen: list[Setting] = []
+        found: list[tuple[MergeMethod | None, Any]] = []
+        for table, number in zip(self._tables, self._parts[setting], strict=True):
+            own = table.settings[number]
+            if own not in seen:
+                seen.append(own)
+                method = None if own.method == COPY else get_method(own.method)
+                found.append((method, table.parameters(number)))
+        return found
+
+    def copy(self) -> int:
+        """The setting of tensors that are taken over."""
+        return self._join([table.copy() for table in self._tables])
+
+    def mean(self) -> int:
+        """The setting of tensors that become the mean of the experts."""
+        return self._join([table.mean() for table in self._tables])
+
+    def merge(self, tensor_name: str, position: float) -> int:
+        """The setting of a tensor that is merged; see :meth:`SettingTable.merge`."""
+        return self._join([table.merge(tensor_name, position) for table in self._tables])
+
+    def step(self, setting: int, name: str) -> int:
+        """The setting of a step of a method that takes several passes."""
+        return self._join(
+            [t.step(n, name) for t, n in zip(self._tables, self._parts[setting], strict=True)]
+        )
+
+    def refuse_passes(self) -> None:
+        """Refuse methods that look at other tensors first: a sweep's variants share one pass.
+
+        Raises:
+            RecipeError: ``incompatible_options``, with a fault for each such variant.
+        """
+        faults = []
+        for variant, table in zip(self._variants, self._tables, strict=True):
+            if any(map(_takes_passes, table.settings, map(table.parameters, itertools.count()))):
+                detail = (
+                    f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
+                    " over the model, which variants cannot share. Submit it as a merge by itself."
+                )
+                faults.append(Fault(variant.pointer, "incompatible_options", detail))
+        if faults:
+            raise recipe_error(faults)
+
+    def raise_faults(self) -> None:
+        """Raise :class:`RecipeError` if the parameters of a tensor do not go together."""
+        faults = [
+            fault
+            for variant, table in zip(self._variants, self._tables, strict=True)
+            for fault in table.faults(variant.pointer or "/parameters")
+        ]
+        if faults:
+            raise recipe_error(faults[:SHOWN])
+
+    def _join(self, numbers: Sequence[int]) -> int:
+        """The setting in which each variant has one of its own table."""
+        parts = tuple(numbers)
+        if parts not in self._numbers:
+            first, *others = (t.settings[n] for t, n in zip(self._tables, parts, strict=True))
+            differ = any(other != first for other in others)
+            self._numbers[parts] = len(self.settings)
+            self._parts.append(parts)
+            self.settings.append(
+                msgspec.structs.replace(first, others=tuple(others) if differ else ())
+            )
+        return self._numbers[parts]
+
+
+def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
+    """Whether a setting's tensors are merged with the help of others."""
+    method = None if setting.method == COPY else get_method(setting.method)
+    if method is None or method.staged is None:
+        return False
+    experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]
+    return method.staged.group(parameters, experts) is not None
