@@ -35,6 +35,7 @@ from service.auth import Authenticator
 from service.dashboard.files import Dashboard
 from service.feed import POLL_SECONDS, EventFeed
 from service.forecast import Forecast
+from service.integrations.catalogue import make_integrations
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
@@ -106,6 +107,7 @@ def create_app(
         keys=SecretKeys(
             [key.get_secret_value() for key in settings.secret_keys], settings.secret_key_file
         ),
+        integrations=make_integrations(settings),
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),
     )

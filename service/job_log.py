@@ -73,6 +73,10 @@ def _finished(data: _Data) -> str:
     return str(data["state"]) + (f": {_error(data)}" if data.get("error") else "")
 
 
+def _integration_finished(data: _Data) -> str:
+    return f"{data['name']} {data['state']}: {data['url'] or _error(data)}"
+
+
 def _shard(data: _Data) -> str:
     return f"shard {data.get('shard_index')}, try {data.get('attempt')}"
 
@@ -90,6 +94,7 @@ _TELLERS: dict[EventType, Callable[[_Data], str]] = {
     EventType.JOB_LOGGED: _logged,
     EventType.JOB_OUTPUT_COMMITTED: _output_committed,
     EventType.JOB_FINISHED: _finished,
+    EventType.INTEGRATION_FINISHED: _integration_finished,
     EventType.SHARD_STARTED: _shard_started,
     EventType.SHARD_FINISHED: _shard_finished,
     EventType.SHARD_RETRIED: _shard_retried,

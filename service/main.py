@@ -175,6 +175,7 @@ def _make_sender(services: Services) -> Sender:
         services.store,
         Caller(services.guard),
         services.keys,
+        integrations=services.integrations,
         public_url=services.settings.public_url.rstrip("/"),
         clock=services.clock,
         on_attempt=lambda outcome: deliveries.labels(outcome).inc(),

@@ -45,6 +45,9 @@ KINDS: dict[str, tuple[int, str]] = {
     "address_refused": (422, "The address may not be called"),
     "endpoint_disabled": (409, "The webhook endpoint is disabled"),
     "too_many_endpoints": (409, "There are too many webhook endpoints"),
+    # integrations
+    "bad_integration": (422, "An integration cannot be used like this"),
+    "integration_failed": (502, "An integration failed"),
     # the recipe, and what it names
     "invalid_recipe": (422, "The recipe cannot be run"),
     "unknown_method": (422, "The merge method is not known"),

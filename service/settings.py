@@ -19,6 +19,7 @@ from merging.errors import Fault, MergeError
 
 ENV_PREFIX = "MERGEYARD_"
 _SHORTEST_KEY = 32
+_WEB_ADDRESS = r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$"
 
 
 def default_data_dir() -> Path:
@@ -94,7 +95,7 @@ class Settings(BaseSettings):
 
     public_url: str = Field(
         default="",
-        pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$",
+        pattern=_WEB_ADDRESS,
         description="Address of the service as its clients see it, prefix included, for links in"
         " webhooks.",
     )
@@ -112,6 +113,21 @@ class Settings(BaseSettings):
     webhook_allow_loopback: bool = Field(
         default=False,
         description="Webhooks may go to this machine, also without TLS: for development.",
+    )
+
+    integrations: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Integrations of jobs that do not name their own, as in mlflow. Separated by"
+        " commas or as a JSON list.",
+    )
+    mlflow_url: str = Field(
+        default="",
+        pattern=_WEB_ADDRESS,
+        description="MLflow server in whose model registry the integration mlflow registers merged"
+        " models.",
+    )
+    mlflow_credentials: SecretStr | None = Field(
+        default=None, description="For it: a bearer token, or user:password."
     )
 
     pool: Literal["ray", "local"] = Field(
@@ -165,7 +181,9 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("storage_roots", "secret_keys", "webhook_allowed_hosts", mode="before")
+    @field_validator(
+        "storage_roots", "secret_keys", "webhook_allowed_hosts", "integrations", mode="before"
+    )
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         if not isinstance(value, str):

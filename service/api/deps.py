@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
@@ -18,6 +18,7 @@ from merging.storage.base import Storage
 from service.auth import Principal, Scope
 from service.feed import EventFeed
 from service.forecast import Forecast
+from service.integrations.base import Integration
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.problems import RequestError
@@ -55,6 +56,7 @@ class Services:
         forecast: Says how long a plan should take.
         metrics: Counters.
         guard: Which addresses webhooks may go to.
+        integrations: Those that are configured, by name.
         keys: From which secrets of webhooks come.
         checks: For ``/readyz``.
         stopping: Set when the server is asked to end.
@@ -70,6 +72,7 @@ class Services:
     metrics: Metrics
     guard: AddressGuard
     keys: SecretKeys
+    integrations: Mapping[str, Integration]
     checks: Sequence[ReadinessCheck]
     stopping: threading.Event
     planning: anyio.CapacityLimiter = field(

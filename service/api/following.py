@@ -17,6 +17,8 @@ HEARTBEAT_SECONDS = 15.0
 """Silence after which it is said that there is nothing new."""
 
 _PAGE = 500
+_LAST = (EventType.JOB_FINISHED, EventType.INTEGRATION_FINISHED)
+"""Integrations end after their job: one that does later is in the table for who comes then."""
 
 
 async def follow_events(
@@ -38,7 +40,7 @@ async def follow_events(
             for event in page:
                 yield event
                 position = event.seq
-                is_finished = event.type == EventType.JOB_FINISHED
+                is_finished = event.type in _LAST
             if page:
                 continue
             if is_finished or watch.is_over:

@@ -14,7 +14,7 @@ from service.api.deps import LABEL_PREFIX, JobId, PrincipalDep, Services, Servic
 from service.api.idempotency import IdempotencyKey, idempotency_request
 from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
-from service.api.schemas import JobSubmission, Resubmission
+from service.api.schemas import IntegrationRequest, JobSubmission, Resubmission
 from service.api.submission import submit
 from service.api.views import etag, job_detail, job_object
 from service.auth import Scope
@@ -117,6 +117,9 @@ async def resubmit_job(
         metadata=old.metadata,
         priority=old.priority,
         deadline_seconds=old.deadline_seconds,
+        integrations=[
+            IntegrationRequest(name=entry.name, options=entry.options) for entry in old.integrations
+        ],
     )
     job, is_new = await submit(
         services, principal, submission, idempotency=request, resubmitted_from=job_id

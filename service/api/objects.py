@@ -60,6 +60,16 @@ class Problem(BaseModel):
     retry_after_seconds: int | None = None
 
 
+class IntegrationObject(BaseModel):
+    """What became of telling somebody elsewhere of a job; never the job's failure."""
+
+    name: str
+    options: dict[str, Any]
+    state: Literal["pending", "succeeded", "failed", "skipped"]
+    url: str | None
+    error: dict[str, Any] | None = Field(description="A problem object: why the last try failed.")
+
+
 class JobObject(BaseModel):
     """A job as lists show it."""
 
@@ -94,6 +104,7 @@ class JobObject(BaseModel):
     resubmitted_from: str | None
     plan_id: str | None
     cancel_requested: CancelMode | None
+    integrations: list[IntegrationObject]
     url: str
     etag: str
 

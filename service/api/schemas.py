@@ -65,6 +65,13 @@ class PlanRequest(Request):
     options: MergeOptions = MergeOptions()
 
 
+class IntegrationRequest(Request):
+    """Who is to be told of a job elsewhere."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=NO_CONTROLS)]
+    options: dict[str, Any] = {}
+
+
 class JobSubmission(Request):
     """A merge to be run: ``recipe`` and ``output_uri`` with ``options``, or a ``plan_id``."""
 
@@ -80,6 +87,9 @@ class JobSubmission(Request):
     priority: Priority = 0
     deadline_seconds: float | None = Field(
         default=None, gt=0, le=31_536_000, description="Fail the job if it takes longer."
+    )
+    integrations: list[IntegrationRequest] | None = Field(
+        default=None, max_length=8, description="Default: those that the deployment chose."
     )
 
 

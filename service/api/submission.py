@@ -14,8 +14,9 @@ from service.api.deps import Services
 from service.api.planning import plan_merge
 from service.api.schemas import JobSubmission, PlanRequest
 from service.auth import Principal
+from service.integrations.catalogue import check_integrations
 from service.jobs.errors import NotFoundError
-from service.jobs.records import IdempotencyRequest, JobRecord, NewJob, PlanRecord
+from service.jobs.records import IdempotencyRequest, JobIntegration, JobRecord, NewJob, PlanRecord
 from service.pinned import check_pinned
 from service.problems import RequestError
 
@@ -42,12 +43,13 @@ async def submit(
         first = await run_in_threadpool(services.store.find_submitted, idempotency)
         if first is not None:
             return first, False
+    integrations = _integrations(services, body)
     stored = await _stored_plan(services, body)
     request = _plan_request(body, stored)
     plan = await plan_merge(services, request)
     if stored is not None:
         check_pinned(plan, stored.summary["plan_digest"], stored.summary["inputs"])
-    job = _new_job(body, request, plan, principal, resubmitted_from)
+    job = _new_job(body, request, plan, principal, resubmitted_from, integrations)
     record, is_new = await run_in_threadpool(services.store.submit, job, idempotency=idempotency)
     if is_new:
         services.metrics.jobs_submitted.labels(plan.method).inc()
@@ -87,12 +89,21 @@ def _refusal(*pointers: str, detail: str) -> RequestError:
     )
 
 
+def _integrations(services: Services, body: JobSubmission) -> tuple[JobIntegration, ...]:
+    if body.integrations is None:
+        asked = [JobIntegration(name) for name in services.settings.integrations]
+    else:
+        asked = [JobIntegration(entry.name, entry.options) for entry in body.integrations]
+    return check_integrations(asked, services.integrations)
+
+
 def _new_job(
     body: JobSubmission,
     request: PlanRequest,
     plan: Plan,
     principal: Principal,
     resubmitted_from: str | None,
+    integrations: tuple[JobIntegration, ...],
 ) -> NewJob:
     inputs: list[dict[str, Any]] = msgspec.to_builtins(plan.inputs)
     return NewJob(
@@ -113,4 +124,5 @@ def _new_job(
         resubmitted_from=resubmitted_from,
         plan_id=body.plan_id,
         pinned_plan_digest=plan.digest if body.plan_id else None,
+        integrations=integrations,
     )

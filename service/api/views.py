@@ -8,7 +8,16 @@ from typing import Any
 import msgspec
 
 from service.api.objects import EventObject, JobDetail, JobObject, ShardObject, TokenObject
-from service.jobs.records import EventRecord, JobRecord, ShardRecord, TokenRecord
+from service.jobs.records import (
+    EventRecord,
+    IntegrationState,
+    JobIntegration,
+    JobRecord,
+    ShardRecord,
+    TokenRecord,
+)
+from service.jobs.states import JobState
+from service.problems import problem
 
 
 def etag(job: JobRecord) -> str:
@@ -33,8 +42,20 @@ def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
         "phase": job.phase,
         "seed": job.options.get("seed", 0),
         "url": url,
+        "integrations": [_integration(entry, job) for entry in job.integrations],
         "etag": etag(job),
     }
+
+
+def _integration(entry: JobIntegration, job: JobRecord) -> dict[str, Any]:
+    """Of a job that came to nothing there is nothing to tell, until it is retried."""
+    shown = members(entry)
+    if entry.error is not None:
+        shown["error"] = problem(entry.error["code"], entry.error["detail"])
+    came_to_nothing = job.state in (JobState.FAILED, JobState.CANCELLED)
+    if came_to_nothing and entry.state == IntegrationState.PENDING:
+        shown["state"] = "skipped"
+    return shown
 
 
 def shard_object(shard: ShardRecord) -> ShardObject:

@@ -28,7 +28,7 @@ class Message(msgspec.Struct, frozen=True):
 def announce(
     connection: sa.Connection, job: JobRecord, changes: Sequence[Change], now: datetime
 ) -> None:
-    """Queue what the last events of a job are to the outside, for all who have subscribed."""
+    """Queue what the last events of a job are to the outside, for all who want to know."""
     first = job.event_seq - len(changes) + 1
     messages = [
         _message(job, kind, seq, now)
@@ -37,6 +37,11 @@ def announce(
     ]
     if not messages:
         return
+    rows = [
+        pending_delivery(message, now, integration=integration.name)
+        for message in messages
+        for integration in job.integrations
+    ]
     # Held until the transaction ends: an endpoint deleted in between would refuse the rows.
     subscribed = (
         sa.select(webhook_endpoints.c.id, webhook_endpoints.c.events)
@@ -45,7 +50,7 @@ def announce(
         .with_for_update(read=True, key_share=True)
     )
     endpoints = connection.execute(subscribed).all()
-    rows = [
+    rows += [
         pending_delivery(message, now, endpoint_id=endpoint.id)
         for message in messages
         for endpoint in endpoints

@@ -160,6 +160,7 @@ class AttemptOutcome(msgspec.Struct, frozen=True, kw_only=True):
         pause_for: Leave the endpoint alone for so long.
         flag: What the endpoint's owner should know.
         disable: Nothing more is to be sent there.
+        url: What an integration made of it; None if it was nothing to it.
     """
 
     state: DeliveryState
@@ -170,6 +171,7 @@ class AttemptOutcome(msgspec.Struct, frozen=True, kw_only=True):
     pause_for: timedelta | None = None
     flag: str | None = None
     disable: bool = False
+    url: str | None = None
 
 
 class EndpointStore(Protocol):
@@ -220,7 +222,13 @@ class Outbox(Protocol):
         """The delivery that has been due for longest, not to one of the ``busy`` receivers."""
 
     def finish_attempt(self, delivery: DeliveryRecord, outcome: AttemptOutcome) -> bool:
-        """Note what came of a try; False if its lease lapsed and somebody else took it up."""
+        """Note what came of a try, also in the job if it was an integration's.
+
+        An integration that made something of it, or has given up, appends ``integration.finished``.
+
+        Returns:
+            False if the lease lapsed and somebody else took it up: then nothing is noted.
+        """
 
     def longest_overdue(self) -> timedelta:
         """For how long the delivery has been due that waits longest for a sender; 0 for none."""

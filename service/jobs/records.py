@@ -29,6 +29,7 @@ class EventType(StrEnum):
     JOB_LOGGED = "job.logged"
     JOB_OUTPUT_COMMITTED = "job.output_committed"
     JOB_FINISHED = "job.finished"
+    INTEGRATION_FINISHED = "integration.finished"
     SHARD_STARTED = "shard.started"
     SHARD_FINISHED = "shard.finished"
     SHARD_RETRIED = "shard.retried"
@@ -54,6 +55,31 @@ class Phase(msgspec.Struct, frozen=True):
     message: str = ""
 
 
+class IntegrationState(StrEnum):
+    """How far an integration is with a job."""
+
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # given up; the merge is not touched by it
+
+
+class JobIntegration(msgspec.Struct, frozen=True):
+    """What is told of a job elsewhere, by one integration (``service/integrations``).
+
+    Attributes:
+        name: Of the integration.
+        options: As the job asked for it.
+        url: What it made, once it has.
+        error: Why the last try failed: ``code`` and ``detail``.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+    state: IntegrationState = IntegrationState.PENDING
+    url: str | None = None
+    error: dict[str, str] | None = None
+
+
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     """A job to be submitted. The recipe has been validated by the caller.
 
@@ -73,6 +99,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
         resubmitted_from: Id of the job whose recipe this is.
         plan_id: Id of the stored plan that it is to run.
         pinned_plan_digest: That plan's digest; a run that is planned otherwise fails.
+        integrations: Who is told of it.
         type: Kind of work; only ``merge`` for now.
     """
 
@@ -92,6 +119,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     resubmitted_from: str | None = None
     plan_id: str | None = None
     pinned_plan_digest: str | None = None
+    integrations: tuple[JobIntegration, ...] = ()
     type: str = "merge"
 
 
@@ -169,6 +197,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     resubmitted_from: str | None
     plan_id: str | None
     pinned_plan_digest: str | None
+    integrations: tuple[JobIntegration, ...]
     lease_owner: str | None
     lease_expires_at: datetime | None
     fencing_token: int

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
+from service.jobs.changes import Change
+from service.jobs.errors import NotFoundError
 from service.jobs.outbox import (
     AttemptOutcome,
     DeliveryRecord,
@@ -15,7 +19,8 @@ from service.jobs.outbox import (
     EndpointRecord,
     TakenDelivery,
 )
-from service.jobs.rows import to_record
+from service.jobs.records import EventType, IntegrationState, JobRecord
+from service.jobs.rows import to_json, to_record
 from service.jobs.sql_base import SqlBase
 from service.jobs.tables import outbox, webhook_endpoints
 
@@ -61,10 +66,55 @@ class OutboxStatements(SqlBase):
     def finish_attempt(self, delivery: DeliveryRecord, outcome: AttemptOutcome) -> bool:
         """See :meth:`service.jobs.outbox.Outbox.finish_attempt`."""
         with self._write() as connection:
-            # The endpoint comes first, as when it is deleted: in the other order two wait forever.
             now = self._now(connection)
-            _note_endpoint(connection, delivery, outcome, now)
-            return _finish(connection, delivery, outcome, now)
+            if delivery.endpoint_id is not None:
+                # The endpoint is locked first, as when it is deleted: in the other order two
+                # transactions could wait for each other.
+                lock = sa.select(webhook_endpoints.c.id).where(
+                    webhook_endpoints.c.id == delivery.endpoint_id
+                )
+                connection.execute(lock.with_for_update())
+            job = self._lock_job(connection, delivery)
+            is_ours = _finish(connection, delivery, outcome, now)
+            if is_ours and delivery.endpoint_id is not None:
+                _note_endpoint(connection, delivery.endpoint_id, outcome, now)
+            if is_ours and job is not None:
+                self._note_integration(connection, job, delivery, outcome)
+            return is_ours
+
+    def _lock_job(self, connection: sa.Connection, delivery: DeliveryRecord) -> JobRecord | None:
+        """The job that an integration is told of; None if it was forgotten meanwhile."""
+        if delivery.integration is None:
+            return None
+        with suppress(NotFoundError):
+            return self._lock(connection, delivery.data["job_id"])
+        return None
+
+    def _note_integration(
+        self,
+        connection: sa.Connection,
+        job: JobRecord,
+        delivery: DeliveryRecord,
+        outcome: AttemptOutcome,
+    ) -> None:
+        if outcome.error is None and outcome.url is None:
+            return
+        state = IntegrationState.PENDING
+        if outcome.state != DeliveryState.PENDING:
+            has_made = outcome.url is not None
+            state = IntegrationState.SUCCEEDED if has_made else IntegrationState.FAILED
+        error = outcome.error and {"code": "integration_failed", "detail": outcome.error}
+        facts = {"state": state, "url": outcome.url, "error": error}
+        entries = [
+            msgspec.structs.replace(entry, **facts) if entry.name == delivery.integration else entry
+            for entry in job.integrations
+        ]
+        changes: list[Change] = []
+        if state != IntegrationState.PENDING:
+            changes.append(
+                (EventType.INTEGRATION_FINISHED, {"name": delivery.integration, **facts})
+            )
+        self._change(connection, job.id, {"integrations": to_json(entries)}, changes)
 
     def longest_overdue(self) -> timedelta:
         """See :meth:`service.jobs.outbox.Outbox.longest_overdue`."""
@@ -104,7 +154,7 @@ def _finish(
 
 
 def _note_endpoint(
-    connection: sa.Connection, delivery: DeliveryRecord, outcome: AttemptOutcome, now: datetime
+    connection: sa.Connection, endpoint_id: str, outcome: AttemptOutcome, now: datetime
 ) -> None:
     values: dict[str, Any] = {}
     if outcome.state == DeliveryState.DELIVERED:
@@ -116,7 +166,7 @@ def _note_endpoint(
     if outcome.disable:
         values["is_enabled"] = False
     if values:
-        this = webhook_endpoints.c.id == delivery.endpoint_id
+        this = webhook_endpoints.c.id == endpoint_id
         connection.execute(sa.update(webhook_endpoints).where(this).values(values))
 
 

@@ -21,6 +21,7 @@ from service.jobs.records import (
     CancelMode,
     EventType,
     IdempotencyRequest,
+    JobIntegration,
     JobRecord,
     NewJob,
     Progress,
@@ -157,6 +158,7 @@ class QueueStatements(SqlBase):
             values = {
                 "state": str(JobState.QUEUED),
                 "previous_state": jobs.c.state,
+                "integrations": to_json([_afresh(entry) for entry in job.integrations]),
                 "attempt": job.attempt + 1,
                 "queued_at": self._now(connection),
                 "started_at": None,
@@ -205,3 +207,7 @@ class QueueStatements(SqlBase):
                     context={"job_id": job_id, "state": str(job.state)},
                 )
             connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+
+
+def _afresh(entry: JobIntegration) -> JobIntegration:
+    return JobIntegration(entry.name, entry.options)

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 import structlog
 
 from merging.errors import MergeError
+from service.integrations.base import Integration, IntegrationError, JobAnnouncement
 from service.jobs.errors import StoreUnavailableError
 from service.jobs.outbox import (
     AttemptOutcome,
     DeliveryRecord,
     DeliveryState,
     EndpointRecord,
-    Outbox,
     TakenDelivery,
 )
-from service.webhooks.delivery import LIMIT_SECONDS, Caller, Reply, judge
+from service.jobs.store import JobStore
+from service.webhooks.delivery import LIMIT_SECONDS, Caller, Reply, judge, retry_wait
 from service.webhooks.envelope import render_body, signed_headers
 from service.webhooks.secrets import SecretKeys
 
@@ -47,9 +48,10 @@ class Sender:
     """A thread that sends.
 
     Args:
-        outbox: What is to be sent.
+        store: What is to be sent, and the jobs that it is about.
         caller: Makes requests.
         keys: For signing.
+        integrations: By name.
         public_url: Address of the service as clients see it.
         clock: The time now.
         on_attempt: Counts.
@@ -58,18 +60,20 @@ class Sender:
 
     def __init__(
         self,
-        outbox: Outbox,
+        store: JobStore,
         caller: Caller,
         keys: SecretKeys,
         *,
+        integrations: Mapping[str, Integration] | None = None,
         public_url: str,
         clock: Callable[[], datetime],
         on_attempt: OnAttempt = lambda _: None,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
-        self._outbox = outbox
+        self._store = store
         self._caller = caller
         self._keys = keys
+        self._integrations = integrations or {}
         self._public_url = public_url
         self._clock = clock
         self._on_attempt = on_attempt
@@ -127,7 +131,7 @@ class Sender:
         if len(self._under_way) >= _AT_ONCE:
             return False
         busy = frozenset(self._under_way)
-        taken = await asyncio.to_thread(self._outbox.take_delivery, LEASE_SECONDS, busy=busy)
+        taken = await asyncio.to_thread(self._store.take_delivery, LEASE_SECONDS, busy=busy)
         if taken is None:
             return False
         receiver = taken.delivery.receiver
@@ -140,13 +144,13 @@ class Sender:
         now = asyncio.get_running_loop().time()
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
-            await asyncio.to_thread(self._outbox.prune_outbox, KEPT)
+            await asyncio.to_thread(self._store.prune_outbox, KEPT)
 
     async def _deliver(self, taken: TakenDelivery) -> None:
         delivery = taken.delivery
         try:
             outcome = await self._try(taken)
-            await asyncio.to_thread(self._outbox.finish_attempt, delivery, outcome)
+            await asyncio.to_thread(self._store.finish_attempt, delivery, outcome)
         except Exception:  # noqa: BLE001 - the others go on; this one is due again after its lease
             self._log.exception("delivery_failed", delivery_id=delivery.id)
             return
@@ -165,9 +169,38 @@ class Sender:
         )
 
     async def _try(self, taken: TakenDelivery) -> AttemptOutcome:
-        assert taken.endpoint is not None
+        if taken.endpoint is None:
+            return await asyncio.to_thread(self._tell, taken.delivery)
         reply = await self._post(taken.delivery, taken.endpoint)
         return judge(reply, taken.delivery, self._clock())
+
+    def _tell(self, delivery: DeliveryRecord) -> AttemptOutcome:
+        """Call an integration."""
+        try:
+            url = self._call(delivery)
+        except StoreUnavailableError:
+            raise
+        except MergeError as error:
+            wait = retry_wait(delivery.attempts) if error.retryable else None
+            state = DeliveryState.FAILED if wait is None else DeliveryState.PENDING
+            return AttemptOutcome(state=state, retry_in=wait, error=error.detail)
+        return AttemptOutcome(state=DeliveryState.DELIVERED, url=url)
+
+    def _call(self, delivery: DeliveryRecord) -> str | None:
+        name, job = delivery.integration, self._store.get(delivery.data["job_id"])
+        options = {entry.name: entry.options for entry in job.integrations}
+        if name is None or name not in self._integrations or name not in options:
+            raise IntegrationError(f"This deployment has no integration {name} any more.")
+        return self._integrations[name].on_event(
+            JobAnnouncement(
+                message_id=delivery.message_id,
+                type=delivery.type,
+                occurred_at=delivery.occurred_at,
+                job=job,
+                report=self._store.load_report(job.id),
+                options=options[name],
+            )
+        )
 
     async def _post(self, delivery: DeliveryRecord, endpoint: EndpointRecord) -> Reply:
         now = self._clock()

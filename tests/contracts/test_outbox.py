@@ -22,7 +22,13 @@ from service.jobs.outbox import (
     NewEndpoint,
     TakenDelivery,
 )
-from service.jobs.records import JobCursor
+from service.jobs.records import (
+    EventType,
+    IntegrationState,
+    JobCursor,
+    JobIntegration,
+    JobRecord,
+)
 from service.jobs.sql_endpoints import MOST_ENDPOINTS
 from service.jobs.sql_store import SqlJobStore
 from service.jobs.states import JobState
@@ -389,3 +395,87 @@ def test_deleting_an_endpoint_never_stops_a_job(store: SqlJobStore) -> None:
         for future in deleting:
             future.result()
     assert set(states) == {JobState.CANCELLED}
+
+
+# -- integrations
+
+
+def with_integration(store: SqlJobStore, state: JobState) -> JobRecord:
+    asked = (JobIntegration("registry", {"model_name": "x"}), JobIntegration("other"))
+    job, _ = bring_to(store, state, integrations=asked)
+    return job
+
+
+def finish(store: SqlJobStore, taken: TakenDelivery, **outcome: Any) -> bool:
+    values = {"state": DeliveryState.DELIVERED, **outcome}
+    return store.finish_attempt(taken.delivery, AttemptOutcome(**values))
+
+
+def test_integrations_are_told_of_the_jobs_that_ask_for_them(store: SqlJobStore) -> None:
+    job = with_integration(store, JobState.SUCCEEDED)
+    bring_to(store, JobState.SUCCEEDED)
+    found: Counter[tuple[str, str]] = Counter()
+    while (taken := store.take_delivery(60)) is not None:
+        assert taken.endpoint is None
+        assert taken.delivery.data["job_id"] == job.id
+        found[taken.delivery.receiver, str(taken.delivery.type)] += 1
+    kinds = ("job.started", "job.output_committed", "job.succeeded")
+    assert found == Counter((name, kind) for name in ("registry", "other") for kind in kinds)
+
+
+def test_what_an_integration_made_stands_in_the_job_with_an_event(store: SqlJobStore) -> None:
+    before = with_integration(store, JobState.SUCCEEDED)
+    taken = take(store, busy={"other"})
+    assert finish(store, taken)  # nothing to it: nothing is noted
+    assert store.get(before.id) == before
+    taken = take(store, busy={"other"})
+    assert finish(store, taken, url="https://registry/x/1")
+    job = store.get(before.id)
+    made, other = job.integrations
+    assert (made.state, made.url) == (IntegrationState.SUCCEEDED, "https://registry/x/1")
+    assert made.options == {"model_name": "x"}
+    assert other == before.integrations[1]
+    assert job.revision == before.revision + 1
+    (event,) = store.events(job.id, after=before.event_seq)
+    assert event.type == EventType.INTEGRATION_FINISHED
+    assert event.data == {
+        "name": "registry",
+        "state": "succeeded",
+        "url": "https://registry/x/1",
+        "error": None,
+    }
+    assert not finish(store, taken, url="https://registry/x/2")  # of a sender that was too late
+    assert store.get(before.id) == job
+
+
+def test_an_integrations_failures_are_shown_and_its_last_one_is_an_event(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    before = with_integration(store, JobState.PLANNING)
+    retry = {"state": DeliveryState.PENDING, "retry_in": timedelta(seconds=5), "error": "away"}
+    finish(store, take(store, busy={"other"}), **retry)
+    shown = store.get(before.id)
+    error = {"code": "integration_failed", "detail": "away"}
+    assert shown.integrations[0].error == error
+    assert shown.integrations[0].state == IntegrationState.PENDING
+    assert shown.event_seq == before.event_seq
+    clock.advance(5)
+    finish(store, take(store, busy={"other"}), state=DeliveryState.FAILED, error="away")
+    shown = store.get(before.id)
+    assert shown.state == before.state
+    assert shown.integrations[0].state == IntegrationState.FAILED
+    (event,) = store.events(before.id, after=before.event_seq)
+    assert (event.type, event.data["error"]) == (EventType.INTEGRATION_FINISHED, error)
+
+
+def test_a_retried_job_tells_its_integrations_afresh(store: SqlJobStore) -> None:
+    job = with_integration(store, JobState.FAILED)
+    finish(store, take(store, busy={"other"}), state=DeliveryState.FAILED, error="no")
+    assert store.retry(job.id).integrations == job.integrations
+
+
+def test_an_integration_may_finish_after_its_job_was_forgotten(store: SqlJobStore) -> None:
+    job = with_integration(store, JobState.CANCELLED)
+    taken = take(store)
+    store.delete(job.id)
+    assert finish(store, taken, url="https://registry/x/1")
