@@ -29,6 +29,9 @@ EIGH_FLOPS = 12
 """An eigendecomposition of N×N takes as long as a product of so many N³ operations: 11 to 13 on a
 CPU from 768 to 3072 columns (float32, MKL)."""
 
+SVD_FLOPS = 16
+"""Of N×M a singular value decomposition takes as long as so many N·M·min(N, M) operations."""
+
 MAX_DOUBLE_COLUMNS = 4096
 """Up to here a ridge is factorised in float64; beyond, float64 is tried if float32 fails."""
 

@@ -12,11 +12,12 @@ is one product with W = Σ_i T_i / ‖T_i‖²_F, which is summed up as the expe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from merging.ops.blocks import inner_product
+from merging.ops.calibration import Calibration
 from merging.ops.figures import describe_start, warn
 from merging.ops.forms import LayerShape, cheapest, filter_flops
 from merging.ops.layer_method import LayerTask, Reading
@@ -24,43 +25,6 @@ from merging.ops.layers import as_matrix, naming, read_problem
 from merging.ops.precision import float32_products
 from merging.ops.problem import LayerProblem, SolveError
 from merging.ops.spectral import solve_in_used_directions
-
-
-class Calibration(NamedTuple):
-    """What is known of a layer's isotropic update, in numbers that can be stored beside it.
-
-    Attributes:
-        kept: p; 0 where nothing can be said.
-        is_isotropic: 0 for a layer that fewer than two experts changed: its update is their sum,
-            and stays as it is.
-        norm: ‖I‖_F.
-        sum_norm: Of the task vectors' sum.
-        loss_before: Of that sum; NaN where there is no problem to solve.
-        quadratic: The loss of s·I is ``quadratic`` s² − 2 ``linear`` s + ``constant``.
-        linear: See there.
-        constant: See there.
-    """
-
-    kept: float
-    is_isotropic: float
-    norm: float
-    sum_norm: float
-    loss_before: float
-    quadratic: float
-    linear: float
-    constant: float
-
-    def describe(self, scale: float) -> dict[str, Any]:
-        """Figures of the update at a scale."""
-        figures: dict[str, Any] = {"scale": scale, "update_norm": scale * self.norm}
-        if self.sum_norm > 0:
-            figures["norm_ratio"] = figures["update_norm"] / self.sum_norm
-        if self.is_isotropic:
-            loss = (self.quadratic * scale - 2 * self.linear) * scale + self.constant
-            figures["loss_after"] = max(0.0, loss)
-            if self.loss_before > 0:
-                figures["interference_removed"] = 1 - figures["loss_after"] / self.loss_before
-        return figures
 
 
 def isotropic_update(
@@ -92,7 +56,7 @@ def isotropic_update(
             task.figures["kept"] = calibration.kept
         else:
             update = problem.total
-            calibration = Calibration(0, 0, start["sum_norm"], start["sum_norm"], 0, 0, 0, 0)
+            calibration = Calibration(0, 0, start["sum_norm"], start["sum_norm"])
     return (update.t() if task.transposed else update).reshape(base.shape), calibration
 
 
@@ -113,15 +77,6 @@ def flatten_spectrum(M: torch.Tensor) -> torch.Tensor:
     return (U[:, :rank] * S[:rank].mean()) @ Vt[:rank] if rank else torch.zeros_like(M)
 
 
-def scale_for(kept: list[float]) -> float:
-    """The scale at which, averaged over layers, the whole of every task vector is kept.
-
-    The mean of 1/p over the layers with p > 0; 1 if there are none.
-    """
-    inverse = [1 / share for share in kept if share > 0]
-    return sum(inverse) / len(inverse) if inverse else 1.0
-
-
 def _calibrate(problem: LayerProblem, update: torch.Tensor, start: dict[str, Any]) -> Calibration:
     """Weigh an update against the task vectors; the problem's ``total`` is used up."""
     update = update.contiguous()
@@ -130,7 +85,7 @@ def _calibrate(problem: LayerProblem, update: torch.Tensor, start: dict[str, Any
     problem.store(everything, problem.combine(-1, everything))
     return Calibration(
         kept=inner_product(update, problem.total) / problem.num_nonzero,
-        is_isotropic=1,
+        is_merged=1,
         norm=inner_product(update, update) ** 0.5,
         sum_norm=start["sum_norm"],
         loss_before=start["loss_before"],

@@ -295,3 +295,37 @@ def optmerge_update(
         loss.backward()
         optimizer.step()
     return M.detach().numpy()
+
+
+def iso_c(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """mean(S) U Vᵀ of Σ T_i."""
+    U, S, Vt = np.linalg.svd(sum(vectors), full_matrices=False)
+    return S.mean() * U @ Vt
+
+
+def _polar(M: np.ndarray) -> np.ndarray:
+    U, _, Vt = np.linalg.svd(M, full_matrices=False)
+    return U @ Vt
+
+
+def tsv_m(vectors: Sequence[np.ndarray], num_tasks: int = 0) -> np.ndarray:
+    """Leading triplets of every task, sides made orthonormal."""
+    count = min(vectors[0].shape) // (num_tasks or len(vectors))
+    found = [np.linalg.svd(T, full_matrices=False) for T in vectors]
+    left = _polar(np.concatenate([U[:, :count] for U, _, _ in found], axis=1))
+    right = _polar(np.concatenate([Vt[:count] for _, _, Vt in found], axis=0))
+    return left @ np.diag(np.concatenate([S[:count] for _, S, _ in found])) @ right
+
+
+def iso_cts(vectors: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """Common directions of the sum and each task's own, all with the mean singular value."""
+    size, count = min(vectors[0].shape), len(vectors)
+    common = size - count * round((size - int(share * size)) / count)
+    each = (size - common) // count
+    U, S, Vt = np.linalg.svd(sum(vectors), full_matrices=False)
+    U, S, Vt = U[:, :common], S[:common], Vt[:common]
+    own = [np.linalg.svd(T - U @ U.T @ T, full_matrices=False) for T in vectors]
+    left = np.concatenate([*(u[:, :each] for u, _, _ in own), U], axis=1)
+    right = np.concatenate([*(vt[:each] for _, _, vt in own), Vt], axis=0)
+    mean = np.concatenate([*(s[:each] for _, s, _ in own), S]).mean()
+    return mean * _polar(left) @ _polar(right)
