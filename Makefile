@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints/$(GPU).txt)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS   ?=
 
-.PHONY: setup setup-test setup-check demo test test-fast check fmt serve bench clean
+.PHONY: setup setup-test setup-check demo test test-fast check fmt serve bench chaos clean
 
 setup: $(VENV)/.installed                     ## the service and what the demo needs
 setup-test: $(VENV)/.installed-test           ## and what the tests need
@@ -57,6 +57,9 @@ serve: setup                                  ## the service on its embedded def
 
 bench: setup                                  ## measured figures, never asserted
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: setup-test                             ## random faults; ARGS="--seconds 600 --seed 1"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

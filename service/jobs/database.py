@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import sqlalchemy as sa
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from service.jobs.errors import StoreUnavailableError
 
 _BUSY_SECONDS = 30
 """How long a writer of SQLite waits for the others; writes take milliseconds."""
+
+_IDLE_SECONDS = 15
+"""How long a transaction may do nothing; ours never wait for anything but the database."""
 
 # A server that vanished without a word is noticed before a lease (30 s) lapses.
 _POSTGRES = {
@@ -34,9 +39,11 @@ def open_engine(url: str) -> sa.Engine:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(
+        engine = sa.create_engine(
             parsed, pool_pre_ping=True, pool_size=10, max_overflow=20, connect_args=_POSTGRES
         )
+        sa.event.listen(engine, "connect", _prepare_postgres)
+        return engine
     if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise ValueError(
             f"{parsed.render_as_string()} cannot hold jobs; use sqlite:///path or postgresql://…"
@@ -54,6 +61,13 @@ def for_writing(engine: sa.Engine) -> sa.Engine:
     between; one that waits for the lock first does not.
     """
     return engine.execution_options(takes_write_lock=True)
+
+
+def _prepare_postgres(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """A process that is stopped in mid-transaction must not keep its locks for ever."""
+    with contextlib.closing(connection.cursor()) as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'")
+    connection.commit()
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:

@@ -77,6 +77,12 @@ class JobDriver:
         is_working = self._is_blocked or not (self._desk is None or self._desk.is_idle)
         return not is_working and self._stage != self._end
 
+    @property
+    def is_busy(self) -> bool:
+        """It may have something to do before the pool says anything."""
+        waits_for_shards = self._stage == self._run or self.num_in_flight > 0
+        return self._is_blocked or not waits_for_shards
+
     # -- what the loop does with it
 
     def receive(self, event: PoolEvent) -> None:

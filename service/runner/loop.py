@@ -29,6 +29,9 @@ from workers.messages import PoolEvent, ShardDone, ShardFailed
 from workers.pool import ShardPool
 
 _POLL_SECONDS = 0.2
+_BUSY_POLL_SECONDS = 0.02
+"""While threads plan or publish: they do not wake the loop as the pool does."""
+
 _MORE_THAN_SLOTS = 2
 """Shards in flight beyond the pool's slots: a worker's next one is there when it is done."""
 
@@ -127,7 +130,8 @@ class Runner:
         self._log.info("runner_started")
         while not (self._draining.is_set() and not self._drivers):
             try:
-                self.tick(_POLL_SECONDS)
+                is_busy = any(driver.is_busy for driver in self._drivers.values())
+                self.tick(_BUSY_POLL_SECONDS if is_busy else _POLL_SECONDS)
             except Exception:  # noqa: BLE001 - whatever it is, the other jobs must go on
                 self._log.exception("runner_failed")
                 time.sleep(_POLL_SECONDS)  # no busy loop around a lasting fault

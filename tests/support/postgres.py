@@ -8,21 +8,63 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
 _USER = "mergeyard"
 _PASSWORD = "only-for-this-test-run"
-_FAST = "fsync=off full_page_writes=off synchronous_commit=off shared_buffers=64MB"
+_FAST = "fsync=off full_page_writes=off shared_buffers=64MB"  # processes die here, not machines
 
 
 class PostgresServer:
-    """A running server with one database at ``url``."""
+    """A server with one database at ``url``.
 
-    def __init__(self, port: int) -> None:
+    Args:
+        binaries: Folder of ``initdb`` and ``pg_ctl``.
+        folder: Where its data goes.
+        is_durable: What was committed outlives the death of the server's processes.
+    """
+
+    def __init__(self, binaries: Path, folder: Path, *, is_durable: bool = False) -> None:
+        port = _free_port()
         self.url = f"postgresql+psycopg://{_USER}:{_PASSWORD}@127.0.0.1:{port}/postgres"
+        self._control, self._folder = binaries / "pg_ctl", folder
+        options = [f"listen_addresses=127.0.0.1 -p {port}", f"unix_socket_directories={folder}"]
+        fast = _FAST + ("" if is_durable else " synchronous_commit=off")
+        self._options = " ".join(f"-c {option}" for option in (*options, *fast.split()))
+        password_file = folder / "password"
+        password_file.write_text(_PASSWORD)
+        if os.geteuid() == 0:  # the server refuses to run as root
+            for path in (folder, password_file):
+                shutil.chown(path, "postgres")
+        _run(
+            binaries / "initdb", f"-D {folder}/data -U {_USER} --auth-local=trust",
+            f"--auth-host=scram-sha-256 --pwfile={password_file} --no-sync -E UTF8",
+            "--locale=C.UTF-8",
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start it, also after :meth:`kill`, and wait until it answers."""
+        data = f"-D {self._folder}/data -w -t 30 -l {self._folder}/data/log"
+        _run(self._control, data, "-o", [self._options], "start")
+
+    def kill(self) -> None:
+        """End all its processes at once, as a crash would."""
+        lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
+        first = psutil.Process(int(lines[0]))
+        family = [first, *first.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=30)
+
+    def stop(self) -> None:
+        """End it."""
+        _run(self._control, f"-D {self._folder}/data -m immediate -w stop")
 
     def empty_database(self) -> str:
         """Drop every table; returns the address."""
@@ -36,35 +78,37 @@ class PostgresServer:
         return self.url
 
 
+@contextmanager
+def running_postgres(*, is_durable: bool = False) -> Iterator[PostgresServer]:
+    """A started server for the length of the block.
+
+    Raises:
+        FileNotFoundError: PostgreSQL is not installed.
+    """
+    binaries = _find_binaries()
+    if binaries is None:
+        raise FileNotFoundError("PostgreSQL is not installed: apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="mergeyard-postgres-"))
+    try:
+        server = PostgresServer(binaries, folder, is_durable=is_durable)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """A server for the whole run; skips, with the reason, where PostgreSQL is not installed."""
-    binaries = _find_binaries()
-    if binaries is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="mergeyard-postgres-"))
-    port = _free_port()
-    options = [f"listen_addresses=127.0.0.1 -p {port}", f"unix_socket_directories={folder}"]
-    start = " ".join(f"-c {option}" for option in (*options, *_FAST.split()))
-    password_file = folder / "password"
-    password_file.write_text(_PASSWORD)
-    if os.geteuid() == 0:  # the server refuses to run as root
-        for path in (folder, password_file):
-            shutil.chown(path, "postgres")
-    try:
-        _run(
-            binaries / "initdb", f"-D {folder}/data -U {_USER} --auth-local=trust",
-            f"--auth-host=scram-sha-256 --pwfile={password_file} --no-sync -E UTF8",
-            "--locale=C.UTF-8",
-        )  # fmt: skip
-        control = binaries / "pg_ctl"
-        _run(control, f"-D {folder}/data -w -t 30 -l {folder}/data/log", "-o", [start], "start")
+    with ExitStack() as stack:
         try:
-            yield PostgresServer(port)
-        finally:
-            _run(control, f"-D {folder}/data -m immediate -w stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            server = stack.enter_context(running_postgres())
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        yield server
 
 
 def _find_binaries() -> Path | None:

@@ -37,6 +37,11 @@ class ServiceProcess:
         return (self.data_dir / "serve.log").read_text()
 
     @property
+    def is_running(self) -> bool:
+        """It was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def process(self) -> psutil.Process:
         """The serving process."""
         assert self._process is not None
