@@ -37,27 +37,36 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
     output, digest = plan.output_uri, plan.digest
     workspace = workspace_uri(output, digest)
     span = {"since": since - _CLOCKS_DIFFER, "until": until + _CLOCKS_DIFFER}
-    removed = 0
-    for folder, shards in (
-        (output, plan.outputs),
-        (workspace, [shard for shard in plan.shards if not shard.is_output]),
-    ):
-        names = frozenset(shard.file_name for shard in shards)
-        removed += storage.discard_unfinished(folder, names, **span)
+    early = [shard.file_name for shard in plan.shards if not shard.is_output]
+    removed = storage.discard_unfinished(workspace, frozenset(early), **span)
+    weights = frozenset(shard.file_name for shard in plan.outputs)
+    for folder in plan.checkpoint_uris:
+        removed += storage.discard_unfinished(folder, weights, **span)
     doomed = [item.uri for item in storage.list(workspace)]
-    if doomed and not _exists(storage, f"{output}/{INDEX_NAME}"):
+    if doomed:
         # First, since they are known by the receipts in the workspace.
-        doomed[:0] = [
-            file_uri(output, digest, shard)
-            for shard in plan.outputs
-            if read_receipt(storage, output, digest, shard) is not None
-        ]
-    mark = f"{output}/{WORKSPACE}/in-progress"
-    if _holds(storage, mark, digest.encode()):
-        doomed.append(mark)
+        doomed[:0] = _published(plan, digest, storage)
+    marks = [f"{folder}/{WORKSPACE}/in-progress" for folder in plan.checkpoint_uris]
+    doomed += [mark for mark in marks if _holds(storage, mark, digest.encode())]
     for uri in doomed:
         storage.delete(uri)
     return removed + len(doomed)
+
+
+def _published(plan: Plan, digest: str, storage: Storage) -> list[str]:
+    """Weight files that are still as this plan's receipts say, but of complete checkpoints."""
+    unfinished = [
+        folder for folder in plan.checkpoint_uris if not _exists(storage, f"{folder}/{INDEX_NAME}")
+    ]
+    if not unfinished:
+        return []
+    names = plan.variant_names
+    return [
+        file_uri(folder, digest, shard)
+        for shard in plan.outputs
+        if read_receipt(storage, plan.output_uri, digest, shard, names) is not None
+        for folder in unfinished
+    ]
 
 
 def _exists(storage: Storage, uri: str) -> bool:

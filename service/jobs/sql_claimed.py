@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from merging.plan.plan import Plan, Shard
 from service.jobs.changes import Change, begin_phase, end_phase, furthest, state_changed
 from service.jobs.errors import IllegalTransitionError
+from service.jobs.overlap import overlap
 from service.jobs.records import (
     Claim,
     EventRecord,
@@ -33,6 +34,9 @@ _SHARD_EVENTS = {
 }
 
 
+_CLAIMING = 7_247_001
+
+
 class ClaimedStatements(SqlBase):
     """The runner's side of the store."""
 
@@ -40,6 +44,7 @@ class ClaimedStatements(SqlBase):
         """See :meth:`service.jobs.store.ClaimedJobs.claim`."""
         try:
             with self._write() as connection:
+                _one_at_a_time(connection)
                 now = self._now(connection)
                 query = _claimable(now)
                 if overdue:
@@ -50,8 +55,7 @@ class ClaimedStatements(SqlBase):
                     return None
                 job = self._take(connection, to_record(row, JobRecord), owner, lease_seconds, now)
         except sa.exc.IntegrityError:
-            # Another runner claimed a job with the same output in this instant: the index that
-            # allows one of them refused ours.
+            # The last guard of an output: the index that allows one job to write to it.
             return None
         return Claim(job, owner, job.fencing_token, now)
 
@@ -254,13 +258,22 @@ class ClaimedStatements(SqlBase):
             return EventRecord(job.id, job.event_seq, event, now, job.attempt, dict(data))
 
 
+def _one_at_a_time(connection: sa.Connection) -> None:
+    """Let runners claim one after the other, so that each sees the outputs in use.
+
+    SQLite does so by itself. The number only has to differ from those of other uses.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CLAIMING)))
+
+
 def _claimable(now: datetime) -> sa.Select[Any]:
     """The job that a runner should take next, locked; others skip it meanwhile."""
     other = jobs.alias("other")
     output_in_use = (
         sa.select(sa.literal(1))
         .where(
-            other.c.output_uri == jobs.c.output_uri,
+            overlap(other.c.output_uri, jobs.c.output_uri),
             other.c.id != jobs.c.id,
             other.c.state.in_([str(state) for state in ACTIVE]),
         )

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from merging.plan.plan import Plan
+from service.jobs.overlap import overlap
 from service.jobs.records import JobRecord, Leftover
 from service.jobs.rows import unpack
 from service.jobs.sql_base import SqlBase
@@ -68,7 +69,9 @@ def is_being_collected(now: datetime) -> sa.ColumnElement[bool]:
     """Whether somebody removes what is at the output of the job that a query selects."""
     return (
         sa.select(sa.literal(1))
-        .where(leftovers.c.output_uri == jobs.c.output_uri, leftovers.c.collecting_until > now)
+        .where(
+            overlap(leftovers.c.output_uri, jobs.c.output_uri), leftovers.c.collecting_until > now
+        )
         .exists()
     )
 
@@ -80,7 +83,7 @@ def _due(now: datetime, ended_before: datetime, after: Leftover | None) -> sa.Se
     """
     younger = leftovers.alias("younger")
     kept = sa.select(younger.c.job_id).where(
-        younger.c.output_uri == leftovers.c.output_uri, younger.c.ended_at > ended_before
+        overlap(younger.c.output_uri, leftovers.c.output_uri), younger.c.ended_at > ended_before
     )
     query = (
         sa.select(leftovers)
@@ -105,7 +108,7 @@ def _is_wanted(output_uri: Any) -> sa.ColumnElement[bool]:
     return (
         sa.select(sa.literal(1))
         .where(
-            jobs.c.output_uri == output_uri,
+            overlap(jobs.c.output_uri, output_uri),
             jobs.c.state.not_in([str(state) for state in TERMINAL]),
         )
         .exists()

@@ -240,12 +240,20 @@ def test_takeovers_count_only_without_progress_between_them(
     assert store.get(job.id).takeovers == 0
 
 
+@pytest.mark.parametrize(
+    ("output", "other"),
+    [
+        ("/outputs/same", "/outputs/same"),
+        ("s3://bucket/sweep", "s3://bucket/sweep/variant"),
+        ("/outputs/sweep/variant", "/outputs/sweep"),
+    ],
+)
 def test_a_job_waits_while_another_one_writes_to_its_output(
-    store: SqlJobStore, clock: FakeClock
+    store: SqlJobStore, clock: FakeClock, output: str, other: str
 ) -> None:
-    store.submit(new_job(output_uri="/outputs/same"))
+    store.submit(new_job(output_uri=output))
     clock.advance(1)
-    second, _ = store.submit(new_job(output_uri="/outputs/same"))
+    second, _ = store.submit(new_job(output_uri=other))
     claim = store.claim("runner-1", 60)
     assert claim
     assert store.claim("runner-2", 60) is None
@@ -253,6 +261,12 @@ def test_a_job_waits_while_another_one_writes_to_its_output(
     after = store.claim("runner-2", 60)
     assert after
     assert after.job_id == second.id
+
+
+def test_jobs_with_neighbouring_outputs_do_not_wait(store: SqlJobStore) -> None:
+    for output in ("/outputs/a", "/outputs/ab", "/outputs/a%", "/outputs/b/a"):
+        store.submit(new_job(output_uri=output))
+    assert all(store.claim(f"runner-{number}", 60) for number in range(4))
 
 
 WRITES = {

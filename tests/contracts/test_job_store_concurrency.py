@@ -82,6 +82,15 @@ def test_jobs_with_one_output_are_never_claimed_together(store: SqlJobStore) -> 
     assert len([claim for claim in claims if claim]) == 1
 
 
+def test_jobs_with_outputs_inside_one_another_are_never_claimed_together(
+    store: SqlJobStore,
+) -> None:
+    for number in range(8):
+        store.submit(new_job(output_uri="/outputs/sweep" + "/variant" * (number % 2)))
+    claims = at_once(8, lambda number: store.claim(f"runner-{number}", 60))
+    assert len([claim for claim in claims if claim]) == 1
+
+
 def test_fifty_equal_submits_make_one_job(store: SqlJobStore) -> None:
     key = IdempotencyRequest("tok_1", "POST", "/v1/jobs", "k", "sha256:1")
     job = new_job()

@@ -122,3 +122,58 @@ def test_a_drain_that_takes_too_long_can_be_cut_short(
     given_back = store.get(job.id)
     assert (given_back.state, given_back.lease_owner) == (JobState.RUNNING, None)
     assert pool.in_flight == []
+
+
+def test_a_sweep_is_one_job_with_a_checkpoint_for_each_variant(
+    store: SqlJobStore, family: Family, tmp_path: Path
+) -> None:
+    document = {
+        **recipe(family, "task_arithmetic"),
+        "sweep": [
+            {"name": "low", "parameters": {"lambda": 0.3}},
+            {"name": "high", "parameters": {"lambda": 0.7}},
+        ],
+    }
+    output = tmp_path / "swept"
+    parsed = parse_recipe(document)
+    job, _ = store.submit(
+        NewJob(
+            recipe_source=document,
+            recipe=parsed.normalised(),
+            recipe_digest=parsed.digest,
+            method=parsed.merge_method,
+            output_uri=str(output),
+            options=OPTIONS,
+        )
+    )
+    runner = Runner(
+        store,
+        open_storage,
+        LocalPool(2),
+        RunnerSettings(device="cpu", claim_seconds=0.05),
+    )
+    runner.start()
+    wait_until(lambda: store.get(job.id).is_terminal)
+    done = store.get(job.id)
+    assert (done.state, done.error) == (JobState.SUCCEEDED, None)
+    assert done.output is not None
+    report = store.load_report(job.id)
+    assert report is not None
+    assert [v["name"] for v in done.output["variants"]] == ["low", "high"]
+    for variant, own in zip(done.output["variants"], report["variants"], strict=True):
+        folder = output / variant["name"]
+        assert variant["uri"] == own["output"]["uri"] == str(folder)
+        assert variant["digest"] == own["output"]["digest"]
+        assert own["tensors"]
+        assert [f["name"] for f in variant["files"]] == sorted(weight_bytes(folder))
+    shards = store.shards(job.id)
+    assert done.progress.bytes_done == done.progress.bytes_total
+    assert done.progress.bytes_total == sum(s.bytes_read_total + s.bytes_total for s in shards)
+    for shard in shards:
+        assert shard.receipt is not None
+        assert len(shard.receipt["others"]) == 1
+        assert "problems" not in shard.receipt["others"][0]
+        assert shard.bytes_total == 2 * shard.receipt["size"]
+    committed = [e for e in store.events(job.id) if e.type == "job.output_committed"]
+    assert committed[0].data["output"] == done.output
+    runner.stop()

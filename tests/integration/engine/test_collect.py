@@ -13,13 +13,16 @@ import pytest
 
 from merging.collect import collect
 from merging.execute.shard import run_shard
+from merging.options import MergeOptions
 from merging.plan.plan import Plan
+from merging.plan.planner import make_plan
 from merging.publish import INDEX_NAME, prepare_output, publish
 from merging.receipts import read_receipt
+from merging.recipe import parse_recipe
 from merging.storage.base import Storage
 from merging.storage.router import open_storage
 from tests.support.checkpoints import make_family
-from tests.support.merges import plan_merge
+from tests.support.merges import plan_merge, recipe
 
 BEGAN = datetime.now(UTC) - timedelta(minutes=5)
 MIB = 1 << 20
@@ -98,6 +101,27 @@ def test_everything_of_an_unfinished_merge_goes(place: Place) -> None:
     assert place.collect() == 6
     assert (place.names(), place.unfinished()) == (set(), 0)
     assert place.collect() == 0
+
+
+def test_all_variants_of_an_unfinished_sweep_go(tmp_path: Path) -> None:
+    storage = open_storage()
+    family = make_family(tmp_path / "models", num_experts=2, layers=2)
+    document = {
+        **recipe(family, "task_arithmetic"),
+        "sweep": [{"name": name, "parameters": {"lambda": n}} for n, name in enumerate("abc")],
+    }
+    output = tmp_path / "sweep"
+    options = MergeOptions(max_shard_size=100_000)
+    plan = make_plan(parse_recipe(document), storage, options, str(output))
+    place = Place(plan, storage, break_off_locally, lambda: len(list(output.rglob(".*.tmp"))))
+    place.merge(2)
+    place.break_off(f"{output}/b/{plan.shards[2].file_name}")
+    storage.write_bytes(f"{output}/c/{INDEX_NAME}", b"{}")  # as if it were complete
+    place.collect()
+    assert place.unfinished() == 0
+    assert place.names() == {
+        f"c/{INDEX_NAME}", *(f"c/{shard.file_name}" for shard in plan.shards[:2])
+    }  # fmt: skip
 
 
 def test_what_others_wrote_stays(place: Place) -> None:
