@@ -37,6 +37,7 @@ from service.feed import POLL_SECONDS, EventFeed
 from service.forecast import Forecast
 from service.integrations.catalogue import make_integrations
 from service.jobs.store import JobStore
+from service.limits import RateLimit, StreamSlots
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
 from service.problems import PROBLEM_JSON
@@ -110,6 +111,7 @@ def create_app(
         integrations=make_integrations(settings),
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),
+        streams=StreamSlots(settings.max_streams_per_token),
     )
     app = _Application(
         title="Mergeyard",
@@ -145,7 +147,11 @@ def _middleware(services: Services, version: str) -> list[Middleware]:
             exclude_content_types=_NOT_COMPRESSED,
         ),
         Middleware(Dashboard, root_path=services.settings.root_path),
-        Middleware(Authentication, authenticator=authenticator),
+        Middleware(
+            Authentication,
+            authenticator=authenticator,
+            rate=RateLimit(services.settings.requests_per_second),
+        ),
         Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),
     ]
 

@@ -332,6 +332,19 @@ def watch(
 
 
 @app.command()
+def logs(
+    job_id: JobArgument,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+) -> None:
+    """Print what happened to a job, and what its workers had to say."""
+    with _client(url, token_file) as client:
+        for line in client.logs(job_id, follow=follow):
+            print(line, flush=True)
+
+
+@app.command()
 def cancel(
     job_id: JobArgument,
     url: UrlOption = DEFAULT_URL,

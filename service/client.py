@@ -156,6 +156,13 @@ class Client:
         """The merge report of a job that succeeded."""
         return self._call("GET", f"/v1/jobs/{job_id}/report")
 
+    def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
+        """Lines of a job's log; with ``follow`` until the job has ended."""
+        path = f"/v1/jobs/{job_id}/logs"
+        timeout = httpx.Timeout(_REQUEST_SECONDS, read=None if follow else _REQUEST_SECONDS)
+        parameters = {"follow": "true"} if follow else {}
+        yield from self._lines(path, params=parameters, timeout=timeout)
+
     def wait(self, job_id: str) -> dict[str, Any]:
         """Wait until a job has ended, however it did; returns the job."""
         for _ in self.events(job_id):
@@ -196,14 +203,17 @@ class Client:
             headers["Last-Event-ID"] = str(after)
         path = f"/v1/jobs/{job_id}/events"
         timeout = httpx.Timeout(_REQUEST_SECONDS, read=_STREAM_SILENCE_SECONDS)
+        for line in self._lines(path, headers=headers, timeout=timeout):
+            if line.startswith("data:"):
+                yield json.loads(line[5:])
+
+    def _lines(self, path: str, **arguments: Any) -> Iterator[str]:
         try:
-            with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            with self._http.stream("GET", path, **arguments) as response:
                 if response.is_error:
                     response.read()
                 _raise_for_problem(response)
-                for line in response.iter_lines():
-                    if line.startswith("data:"):
-                        yield json.loads(line[5:])
+                yield from response.iter_lines()
         except httpx.RequestError as error:
             raise _unreachable(str(self._http.base_url), error) from error
 

@@ -16,13 +16,16 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merging.errors import MergeError
 from service.auth import Authenticator
 from service.browser import refuse_other_sites, session_cookie
+from service.limits import RateLimit
 from service.paths import route_path
 from service.problems import RequestError, problem, problem_from_error, problem_response
+from service.yaml_bodies import YAML_TYPE, yaml_to_json
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\s*(;.*)?", re.IGNORECASE)
@@ -133,9 +136,10 @@ class Authentication:
     Before routing and before the body is read, so that a stranger learns nothing of either.
     """
 
-    def __init__(self, app: ASGIApp, *, authenticator: Authenticator) -> None:
+    def __init__(self, app: ASGIApp, *, authenticator: Authenticator, rate: RateLimit) -> None:
         self._app = app
         self._authenticator = authenticator
+        self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find out who asks, and pass on."""
@@ -146,6 +150,7 @@ class Authentication:
                 headers.get("authorization"),
                 session_cookie(headers),
             )
+            self._rate.admit(principal.token_id)
             if principal.session is not None:
                 refuse_other_sites(scope["method"], headers)
             scope["state"]["principal"] = principal
@@ -153,7 +158,10 @@ class Authentication:
 
 
 class BodyRules:
-    """Refuses bodies that are too large, declared or not, and those that are not JSON."""
+    """Refuses bodies that are too large, declared or not, or neither JSON nor YAML.
+
+    What comes as YAML is passed on as JSON.
+    """
 
     def __init__(self, app: ASGIApp, *, limit_bytes: int) -> None:
         self._app = app
@@ -170,9 +178,11 @@ class BodyRules:
             raise RequestError(f"{self._too_large()}.", code="body_too_large")
         has_body = declared != "0" or "transfer-encoding" in headers
         content_type = headers.get("content-type", "")
-        if has_body and not _JSON_TYPE.fullmatch(content_type):
+        is_yaml = YAML_TYPE.fullmatch(content_type) is not None
+        if has_body and not is_yaml and not _JSON_TYPE.fullmatch(content_type):
             raise RequestError(
-                f"Send the body as application/json, not as {content_type or 'an unnamed type'}.",
+                "Send the body as application/json or application/yaml, not as"
+                f" {content_type or 'an unnamed type'}.",
                 code="unsupported_media_type",
             )
         received = 0
@@ -186,7 +196,30 @@ class BodyRules:
                 raise HTTPException(413, self._too_large())
             return message
 
-        await self._app(scope, receive_within_limit, send)
+        if has_body and is_yaml:
+            await self._pass_on_as_json(scope, receive_within_limit, send)
+        else:
+            await self._app(scope, receive_within_limit, send)
+
+    async def _pass_on_as_json(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await Request(scope, receive).body()
+        except HTTPException as error:
+            raise RequestError(f"{error.detail}.", code="body_too_large") from None
+        except ClientDisconnect:
+            return
+        converted = await run_in_threadpool(yaml_to_json, body)
+        MutableHeaders(scope=scope)["content-type"] = "application/json"
+        is_read = False
+
+        async def receive_converted() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": converted}
+
+        await self._app(scope, receive_converted, send)
 
     def _too_large(self) -> str:
         return f"A request body may have {self._limit} bytes at most"

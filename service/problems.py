@@ -26,11 +26,15 @@ KINDS: dict[str, tuple[int, str]] = {
     "not_found": (404, "There is no such thing"),
     "no_such_route": (404, "There is no such address"),
     "method_not_allowed": (405, "The address does not take this method"),
+    "not_acceptable": (406, "No representation suits the request"),
     "body_too_large": (413, "The request body is too large"),
     "unsupported_media_type": (415, "The content type is not accepted"),
     "range_not_satisfiable": (416, "There are no such bytes"),
     "invalid_request": (422, "The request is not acceptable"),
     "unknown_field": (422, "The request has an unknown field"),
+    "rate_limited": (429, "The token asks for too much at once"),
+    "queue_full": (429, "Too many jobs wait already"),
+    "quota_exceeded": (429, "The token has as many jobs as it may have"),
     # jobs
     "already_terminal": (409, "The job has ended"),
     "conflict": (409, "The state of the job does not allow this"),
@@ -97,7 +101,15 @@ KINDS: dict[str, tuple[int, str]] = {
 }
 """Status and title of every code. Titles are fixed; what happened this time is the detail."""
 
-_RETRY_AFTER_SECONDS = {"not_ready": 2, "throttled": 5, "unavailable": 5, "worker_lost": 5}
+_RETRY_AFTER_SECONDS = {
+    "rate_limited": 1,
+    "queue_full": 30,
+    "quota_exceeded": 30,
+    "not_ready": 2,
+    "throttled": 5,
+    "unavailable": 5,
+    "worker_lost": 5,
+}
 
 
 class RequestError(MergeError):

@@ -83,6 +83,20 @@ class Settings(BaseSettings):
         " it the first start makes one and writes it to admin-token in the data folder.",
     )
 
+    requests_per_second: float = Field(
+        default=500,
+        gt=0,
+        description="What one token may ask of one replica, in the long run; 429 beyond.",
+    )
+    max_streams_per_token: int = Field(
+        default=256, ge=1, description="Event and log streams that one token may have open."
+    )
+    max_queued_jobs: int = Field(
+        default=20_000, ge=1, description="Jobs that may wait; more are refused with 429."
+    )
+    max_unfinished_jobs_per_token: int | None = Field(
+        default=None, ge=1, description="Jobs of one token that may wait or run; default: any."
+    )
     session_hours: float = Field(
         default=12, gt=0, le=24 * 30, description="How long a browser stays logged in."
     )

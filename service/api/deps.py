@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from typing import Annotated, Any
 
 import anyio
@@ -20,6 +21,7 @@ from service.feed import EventFeed
 from service.forecast import Forecast
 from service.integrations.base import Integration
 from service.jobs.store import JobStore
+from service.limits import StreamSlots
 from service.metrics import Metrics
 from service.problems import RequestError
 from service.settings import Settings
@@ -60,6 +62,7 @@ class Services:
         keys: From which secrets of webhooks come.
         checks: For ``/readyz``.
         stopping: Set when the server is asked to end.
+        streams: Bounds streams of each token.
         planning: Bounds plans that are made at once.
     """
 
@@ -75,6 +78,7 @@ class Services:
     integrations: Mapping[str, Integration]
     checks: Sequence[ReadinessCheck]
     stopping: threading.Event
+    streams: StreamSlots
     planning: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_CONCURRENT_PLANS)
     )
@@ -122,6 +126,28 @@ async def _refuse_unknown_parameters(request: Request) -> None:
         raise RequestError(f"Unknown parameter {name[:100]!r}. {hint}", code="unknown_field")
 
 
+async def _refuse_unacceptable(request: Request) -> None:
+    """Whoever can only read what this address does not give is told so before anything is done."""
+    accept = request.headers.get("accept")
+    if not accept:
+        return
+    responses = request.app.openapi()["paths"][request.scope["route"].path][request.method.lower()][
+        "responses"
+    ]
+    offered = {
+        kind
+        for status, response in responses.items()
+        if status.startswith("2")
+        for kind in response.get("content", ())
+    }
+    wanted = [entry.partition(";")[0].strip().lower() for entry in accept.split(",")]
+    if offered and not any(fnmatch(kind, pattern) for kind in offered for pattern in wanted):
+        raise RequestError(
+            f"This address gives {' or '.join(sorted(offered))}, not {accept[:100]}.",
+            code="not_acceptable",
+        )
+
+
 def guarded(scope: Scope | None) -> dict[str, Any]:
     """Arguments of a route that only tokens with this scope may use; None is any valid token.
 
@@ -133,6 +159,11 @@ def guarded(scope: Scope | None) -> dict[str, Any]:
             principal.require(scope)
 
     return {
-        "dependencies": [Security(_BEARER), Depends(check), Depends(_refuse_unknown_parameters)],
+        "dependencies": [
+            Security(_BEARER),
+            Depends(check),
+            Depends(_refuse_unacceptable),
+            Depends(_refuse_unknown_parameters),
+        ],
         "openapi_extra": {"x-required-scope": scope.value if scope else None},
     }

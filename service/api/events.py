@@ -9,12 +9,13 @@ from typing import Annotated
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from service.api.deps import JobId, Services, ServicesDep, guarded
+from service.api.deps import JobId, PrincipalDep, Services, ServicesDep, guarded
 from service.api.following import follow_events
 from service.api.objects import EventObject, Page
+from service.api.streams import EventStream
 from service.api.views import event_object
 from service.auth import Scope
 from service.jobs.errors import StoreUnavailableError
@@ -58,6 +59,7 @@ async def list_events(
     job_id: JobId,
     request: Request,
     services: ServicesDep,
+    principal: PrincipalDep,
     position: Annotated[int | None, Depends(_position)],
     limit: Annotated[int, Query(ge=1, le=1000, description="Of a page of JSON.")] = 100,
 ) -> Response | Page[EventObject]:
@@ -72,7 +74,11 @@ async def list_events(
         return await _page(services, job_id, position or 0, limit)
     if job.is_terminal and position == job.event_seq:
         return Response(status_code=204)
-    return EventSourceResponse(_stream(services, job_id, position or 0), headers=_STREAM_HEADERS)
+    return EventStream(
+        _stream(services, job_id, position or 0),
+        slot=services.streams.hold(principal.token_id),
+        headers=_STREAM_HEADERS,
+    )
 
 
 async def _page(services: Services, job_id: str, after: int, limit: int) -> Page[EventObject]:

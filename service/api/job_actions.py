@@ -7,10 +7,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from service.api.deps import JobId, ServicesDep, guarded
+from service.api.deps import JobId, PrincipalDep, ServicesDep, guarded
 from service.api.jobs import show_job
 from service.api.objects import JobDetail
 from service.api.schemas import CancelRequest, JobPatch
+from service.api.submission import refuse_overload
 from service.auth import Scope
 from service.jobs.errors import RevisionMismatchError
 
@@ -42,8 +43,11 @@ def cancel_job(
 @router.post(
     "/{job_id}/retry", operation_id="jobs.retry", status_code=202, **guarded(Scope.JOBS_WRITE)
 )
-def retry_job(job_id: JobId, services: ServicesDep, response: Response) -> JobDetail:
+def retry_job(
+    job_id: JobId, services: ServicesDep, principal: PrincipalDep, response: Response
+) -> JobDetail:
     """Queue a failed job again as its next attempt; finished shards are reused."""
+    refuse_overload(services, principal)
     return show_job(services, services.store.retry(job_id), response)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Self
 from urllib.parse import urlencode
 
@@ -14,7 +15,7 @@ from service.api.deps import LABEL_PREFIX, JobId, PrincipalDep, Services, Servic
 from service.api.idempotency import IdempotencyKey, idempotency_request
 from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
-from service.api.schemas import IntegrationRequest, JobSubmission, Resubmission
+from service.api.schemas import LABEL, IntegrationRequest, JobSubmission, Resubmission
 from service.api.submission import submit
 from service.api.views import etag, job_detail, job_object
 from service.auth import Scope
@@ -42,8 +43,12 @@ class JobQuery(BaseModel):
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         for name, value in self.labels.items():
-            if not name or not isinstance(value, str) or "\x00" in name + value:
-                raise ValueError("give each label.<name> once, as plain text")
+            if not re.fullmatch(LABEL, name):
+                raise ValueError(
+                    f"{name[:64]!r} cannot be a label: 1 to 63 letters, digits and _ . / -"
+                )
+            if not isinstance(value, str) or "\x00" in value:
+                raise ValueError(f"give label.{name} once, as plain text")
         return self
 
     @property

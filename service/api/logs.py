@@ -10,11 +10,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
 
-from service.api.deps import JobId, Services, ServicesDep, guarded
+from service.api.deps import JobId, PrincipalDep, Services, ServicesDep, guarded
 from service.api.errors import request_facts
 from service.api.following import follow_events
+from service.api.streams import TextStream
 from service.auth import Scope
 from service.job_log import log_text
 from service.jobs.errors import StoreUnavailableError
@@ -37,6 +37,7 @@ async def read_log(
     job_id: JobId,
     request: Request,
     services: ServicesDep,
+    principal: PrincipalDep,
     *,
     follow: Annotated[bool, Query(description="Stay until the job has ended.")] = False,
     part: Annotated[
@@ -46,7 +47,7 @@ async def read_log(
     """What happened, as lines for people. It only grows; ``Range`` gives what came since."""
     await run_in_threadpool(services.store.get, job_id)
     if follow:
-        return StreamingResponse(_grow(services, job_id), media_type="text/plain")
+        return TextStream(_grow(services, job_id), slot=services.streams.hold(principal.token_id))
     log = await run_in_threadpool(_whole, services, job_id)
     wanted = _RANGE.fullmatch(part or "")
     if wanted is None or wanted.group() == "bytes=-":

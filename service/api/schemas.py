@@ -27,7 +27,8 @@ _PLAN_ID = r"^plan_[0-9a-z]{26}$"
 NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 """Of text on one line."""
 
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$")]
+LABEL = r"^[A-Za-z0-9]([A-Za-z0-9_./-]{0,62})$"
+Label = Annotated[str, StringConstraints(pattern=LABEL)]
 LabelValue = Annotated[str, StringConstraints(pattern=NO_CONTROLS, max_length=255)]
 Labels = Annotated[
     dict[Label, LabelValue],

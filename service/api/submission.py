@@ -44,6 +44,7 @@ async def submit(
         if first is not None:
             return first, False
     integrations = _integrations(services, body)
+    await run_in_threadpool(refuse_overload, services, principal)
     stored = await _stored_plan(services, body)
     request = _plan_request(body, stored)
     plan = await plan_merge(services, request)
@@ -54,6 +55,29 @@ async def submit(
     if is_new:
         services.metrics.jobs_submitted.labels(plan.method).inc()
     return record, is_new
+
+
+def refuse_overload(services: Services, principal: Principal) -> None:
+    """Raise ``queue_full`` or ``quota_exceeded`` if there is enough to do already.
+
+    Requests at the same moment do not see each other: a limit may be passed by a few.
+    """
+    settings = services.settings
+    backlog = services.store.backlog(principal.token_id)
+    if backlog.queued >= settings.max_queued_jobs:
+        raise RequestError(
+            f"{backlog.queued} jobs wait already. Submit again when some have been done.",
+            code="queue_full",
+            retryable=True,
+        )
+    quota = settings.max_unfinished_jobs_per_token
+    if quota is not None and backlog.unfinished >= quota:
+        raise RequestError(
+            f"This token has {backlog.unfinished} unfinished jobs, and may have {quota}. Wait for"
+            " some to end, or cancel them.",
+            code="quota_exceeded",
+            retryable=True,
+        )
 
 
 async def _stored_plan(services: Services, body: JobSubmission) -> PlanRecord | None:

@@ -322,6 +322,13 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     initiator: str | None = None
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """Work that is not done: jobs in the queue, and unfinished jobs of one token."""
+
+    queued: int
+    unfinished: int
+
+
 class JobCursor(msgspec.Struct, frozen=True):
     """A position in the list of jobs, newest first: the last job already seen."""
 

@@ -9,10 +9,10 @@ import sqlalchemy as sa
 
 from merging.plan.plan import Plan
 from service.jobs.errors import NotFoundError
-from service.jobs.records import EventRecord, JobCursor, JobFilter, JobRecord, ShardRecord
+from service.jobs.records import Backlog, EventRecord, JobCursor, JobFilter, JobRecord, ShardRecord
 from service.jobs.rows import to_record, unpack
 from service.jobs.sql_base import SqlBase
-from service.jobs.states import JobState
+from service.jobs.states import TERMINAL, JobState
 from service.jobs.tables import UtcDateTime, documents, events, jobs, shards
 
 
@@ -49,6 +49,17 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             found = {row.state: row.number for row in connection.execute(query)}
         return {state: found.get(str(state), 0) for state in JobState}
+
+    def backlog(self, initiator: str) -> Backlog:
+        """See :meth:`service.jobs.store.JobQueue.backlog`."""
+        number = sa.func.count()
+        query = sa.select(
+            number.filter(jobs.c.state == str(JobState.QUEUED)),
+            number.filter(jobs.c.initiator == initiator),
+        ).where(jobs.c.state.in_([str(state) for state in JobState if state not in TERMINAL]))
+        with self._read() as connection:
+            queued, unfinished = connection.execute(query).one()
+        return Backlog(queued, unfinished)
 
     def shards(self, job_id: str) -> list[ShardRecord]:
         """See :meth:`service.jobs.store.JobQueue.shards`."""

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from merging.plan.plan import Plan
 from service.jobs.outbox import EndpointStore, Outbox
 from service.jobs.records import (
+    Backlog,
     CancelMode,
     Claim,
     EventRecord,
@@ -131,6 +132,9 @@ class JobQueue(Protocol):
 
     def counts(self) -> dict[JobState, int]:
         """Number of jobs in each state, zeros included."""
+
+    def backlog(self, initiator: str) -> Backlog:
+        """How much there is to do, in all and of one token."""
 
     def request_cancel(self, job_id: str, mode: CancelMode = "orderly") -> JobRecord:
         """Stop a job: a queued one is cancelled at once, a claimed one goes to ``cancelling``.

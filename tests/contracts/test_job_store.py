@@ -18,6 +18,7 @@ from service.jobs.errors import (
     StaleLeaseError,
 )
 from service.jobs.records import (
+    Backlog,
     Claim,
     EventType,
     IdempotencyRequest,
@@ -530,3 +531,14 @@ def test_forgetting_a_job_takes_everything_with_it(store: SqlJobStore) -> None:
     store.delete(job.id)
     assert store.events(job.id) == []
     assert store.submit(new_job(), idempotency=key)[1]
+
+
+def test_the_backlog_counts_what_waits_and_what_one_token_has_unfinished(
+    store: SqlJobStore,
+) -> None:
+    assert store.backlog("tok_1") == Backlog(queued=0, unfinished=0)
+    for state in (JobState.SUCCEEDED, JobState.RUNNING, JobState.CANCELLING, JobState.QUEUED):
+        bring_to(store, state, initiator="tok_1")
+    bring_to(store, JobState.QUEUED, initiator="tok_2")
+    assert store.backlog("tok_1") == Backlog(queued=2, unfinished=3)
+    assert store.backlog("tok_3") == Backlog(queued=2, unfinished=0)

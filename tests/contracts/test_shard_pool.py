@@ -27,7 +27,14 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.pools import collect, ends, fail, finish, has_seen, words
 from tests.support.stub_engine import ENGINE, make_receipt, make_task
 from workers.local_pool import LocalPool
-from workers.messages import ShardDone, ShardFailed, ShardProgress, ShardStarted, ShardTask
+from workers.messages import (
+    ShardDone,
+    ShardFailed,
+    ShardLog,
+    ShardProgress,
+    ShardStarted,
+    ShardTask,
+)
 from workers.pool import ShardPool
 from workers.ray_pool import RayPool
 from workers.ray_wire import RayOptions
@@ -194,12 +201,16 @@ def test_an_error_of_ours_arrives_whole(pool: ShardPool, tmp_path: Path) -> None
     }
 
 
-def test_a_defect_names_the_tensor_and_shows_neither_trace_nor_message(
+def test_a_defect_names_the_tensor_and_shows_its_trace_in_the_log_only(
     pool: ShardPool, tmp_path: Path
 ) -> None:
     pool.submit(make_task("defect", output=tmp_path, fail="defect"))
-    events = finish(pool)
-    error = events[-1].error
+    *_, said, failed = finish(pool)
+    assert isinstance(said, ShardLog)
+    assert said.text.startswith("Traceback")
+    assert "secret detail" in said.text
+    assert isinstance(failed, ShardFailed)
+    error = failed.error
     assert error["code"] == "internal"
     assert error["retryable"] is False
     assert error["context"]["tensor_name"] == "layer.1"  # type: ignore[index]

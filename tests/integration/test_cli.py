@@ -266,6 +266,7 @@ def test_a_job_is_submitted_followed_and_listed(
     (row,) = [line.split() for line in table if line.startswith(job_id)]
     assert row == [job_id, "succeeded", "ties", "21/21", row[4], str(output)]
     assert mergeyard("watch", job_id).out == f"succeeded  {output}\n"
+    assert mergeyard("logs", job_id, "--follow").out.splitlines()[-1].endswith("  succeeded")
     assert "succeeded" in mergeyard("cancel", job_id).error
 
 
