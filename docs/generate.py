@@ -5,6 +5,7 @@ A test fails while the files there are not what this makes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from merging.method import MergeMethod, TouchParameters, all_methods
 from merging.options import MergeOptions
+from service.app import describe_api
 from service.problems import KINDS
 from service.settings import ENV_PREFIX, Settings
 
@@ -29,7 +31,12 @@ def main() -> None:
 
 def make_reference() -> dict[str, str]:
     """Contents of the files by name."""
-    return {"methods.md": _methods(), "settings.md": _settings(), "errors.md": _errors()}
+    return {
+        "methods.md": _methods(),
+        "settings.md": _settings(),
+        "errors.md": _errors(),
+        "openapi.json": json.dumps(describe_api(), indent=1, ensure_ascii=False) + "\n",
+    }
 
 
 def _methods() -> str:

@@ -113,6 +113,17 @@ def create_app(
         stopping=stopping or threading.Event(),
         streams=StreamSlots(settings.max_streams_per_token),
     )
+    app = _application(version, _middleware(services, version))
+    app.state.services = services
+    return app
+
+
+def describe_api() -> dict[str, Any]:
+    """The OpenAPI document of this version, without a service behind it."""
+    return _application(metadata.version("mergeyard"), []).openapi()
+
+
+def _application(version: str, middleware: Sequence[Middleware]) -> FastAPI:
     app = _Application(
         title="Mergeyard",
         summary="Merges fine-tuned large language models.",
@@ -121,10 +132,9 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         responses={"default": {"model": Problem, "description": "A problem (RFC 9457)"}},
-        middleware=_middleware(services, version),
+        middleware=middleware,
         lifespan=_lifespan,
     )
-    app.state.services = services
     install_error_handlers(app)
     for module in _ROUTERS:
         app.include_router(module.router)

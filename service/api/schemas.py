@@ -52,14 +52,37 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+_RECIPE = {
+    "merge_method": "ties",
+    "base_model": "s3://models/base",
+    "models": [{"model": "s3://models/chat"}, {"model": "s3://models/code"}],
+    "parameters": {"density": 0.3},
+}
+
+
+def examples(*examples: dict[str, Any]) -> ConfigDict:
+    """Shown in the OpenAPI document; a test sends each of them."""
+    return ConfigDict(json_schema_extra={"examples": list(examples)})
+
+
 class RecipeDocument(Request):
     """A recipe to be checked."""
+
+    model_config = examples({"recipe": _RECIPE}, {"recipe": "merge_method: linear\nmodels: []\n"})
 
     recipe: RecipeField
 
 
 class PlanRequest(Request):
     """A merge to be planned."""
+
+    model_config = examples(
+        {
+            "recipe": _RECIPE,
+            "output_uri": "s3://models/merged",
+            "options": {"max_shard_size": "5GB"},
+        }
+    )
 
     recipe: RecipeField
     output_uri: OutputUri
@@ -75,6 +98,16 @@ class IntegrationRequest(Request):
 
 class JobSubmission(Request):
     """A merge to be run: ``recipe`` and ``output_uri`` with ``options``, or a ``plan_id``."""
+
+    model_config = examples(
+        {
+            "recipe": _RECIPE,
+            "output_uri": "s3://models/merged",
+            "labels": {"team": "language"},
+            "deadline_seconds": 3600,
+        },
+        {"plan_id": "plan_01kb7z6m3q9v5x2c8d4f6g7h0j", "priority": 10},
+    )
 
     recipe: RecipeField | None = None
     output_uri: OutputUri | None = None
@@ -97,12 +130,16 @@ class JobSubmission(Request):
 class Resubmission(Request):
     """What a job made from another one's recipe does differently."""
 
+    model_config = examples({"output_uri": "s3://models/merged-again"})
+
     output_uri: OutputUri | None = None
     options: MergeOptions | None = None
 
 
 class JobPatch(Request):
     """What can be changed in a job; what is absent stays."""
+
+    model_config = examples({"labels": {"team": "vision"}}, {"priority": 50})
 
     labels: Labels | None = None
     priority: Priority | None = None
@@ -111,6 +148,8 @@ class JobPatch(Request):
 class CancelRequest(Request):
     """How to stop a job."""
 
+    model_config = examples({"mode": "orderly"})
+
     mode: CancelMode = Field(
         default="orderly", description="'now' ends worker processes instead of waiting for them."
     )
@@ -118,6 +157,8 @@ class CancelRequest(Request):
 
 class TokenRequest(Request):
     """A token to be made."""
+
+    model_config = examples({"name": "nightly", "scopes": ["jobs:read", "jobs:write"]})
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=NO_CONTROLS)]
     scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))

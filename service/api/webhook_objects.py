@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from service.api.schemas import NO_CONTROLS, Request
+from service.api.schemas import NO_CONTROLS, Request, examples
 from service.jobs.outbox import Announcement, DeliveryState, EnvelopeFormat
 
 Subscription = Literal[
@@ -36,6 +36,8 @@ Envelope = Annotated[
 class EndpointRequest(Request):
     """A webhook endpoint to be made."""
 
+    model_config = examples({"url": "https://hooks.example.org/merges", "description": "chat"})
+
     url: TargetUrl
     description: Description = ""
     events: Subscriptions = Field(default=_ALL, validate_default=True)
@@ -44,6 +46,8 @@ class EndpointRequest(Request):
 
 class EndpointPatch(Request):
     """What can be changed in an endpoint; what is absent stays."""
+
+    model_config = examples({"is_enabled": False})
 
     url: TargetUrl | None = None
     description: Description | None = None
@@ -54,6 +58,8 @@ class EndpointPatch(Request):
 
 class RotationRequest(Request):
     """How a secret is replaced."""
+
+    model_config = examples({"overlap_seconds": 3600})
 
     overlap_seconds: int = Field(
         default=86_400,

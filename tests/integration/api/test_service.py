@@ -122,7 +122,7 @@ def test_every_operation_has_a_name_and_tells_of_problems(api: LiveApi) -> None:
     assert {"jobs.create", "jobs.events", "plans.create"} <= set(names)
 
 
-def test_lists_and_objects_say_what_they_are(api: LiveApi) -> None:
+def test_lists_say_what_they_hold(api: LiveApi) -> None:
     api.submit("shapes")
     for _, path, operation in api.operations():
         if operation["operationId"].endswith(".list"):
