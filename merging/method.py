@@ -338,6 +338,37 @@ COMBINED = ".combined"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Divided:
+    """How a method divides one O×I layer over several workers.
+
+    Attributes:
+        sums: From what the method gets: A (I×I), B and ΣT (O×I) and ``num_sums`` numbers, flat.
+        rows: From A, some rows of B and of ΣT, and these numbers: the merged update of the rows,
+            and ``num_rows`` numbers.
+        join: From the base and all results of ``rows`` in order: the merged tensor.
+        num_sums: See ``sums``.
+        num_rows: See ``rows``.
+        applies: Whether a layer is summed up in this form, for its geometry and parameters.
+    """
+
+    sums: Step
+    rows: Step
+    join: Step
+    num_sums: int
+    num_rows: int
+    applies: Callable[[Geometry, Any], bool]
+
+    def steps(self) -> dict[str, Step]:
+        """Every step by the name that plans have for it."""
+        return {SUMS: self.sums, ROWS: self.rows, JOIN: self.join}
+
+
+SUMS = "sums"
+ROWS = "rows"
+JOIN = "join"
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeMethod(Step):
     """The declaration of a merge method. Schema, docs, ``/v1/methods`` and help come from it.
 
@@ -362,6 +393,7 @@ class MergeMethod(Step):
         layer: How it solves layers, if that is what it does: variants of one merge then share what
             they can.
         staged: How it merges in several passes, if it ever does.
+        divided: How it divides a large layer over workers, if it can.
         adapter_note: What someone who merges adapters with it should know; "" if nothing.
     """
 
@@ -381,14 +413,16 @@ class MergeMethod(Step):
     recommended: bool = False
     layer: LayerMethod | None = None
     staged: Staged | None = None
+    divided: Divided | None = None
     adapter_note: str = ""
 
     def step(self, name: str) -> Step:
         """A step by the name that plans have for it; the method itself has none."""
         if not name:
             return self
-        assert self.staged is not None
-        return self.staged.steps()[name]
+        passes = self.staged or self.divided
+        assert passes is not None
+        return passes.steps()[name]
 
     def uses_base(self, *, is_named: bool) -> bool:
         """Whether a recipe's base model, if it names one, is a base and not one more expert."""

@@ -62,6 +62,15 @@ class MergeOptions(BaseModel):
         le=256,
         description="Torch threads per shard; part of what bytes depend on.",
     )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description=(
+            "How many workers the merge may count on: a layer that takes longer than its share is"
+            " divided over several where that shortens the merge. Part of what bytes depend on."
+        ),
+    )
     overwrite: bool = Field(
         default=False, description="Replace a checkpoint that is already at the output."
     )

@@ -43,6 +43,10 @@ DeviceBudgetOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of random methods.")]
 ThreadsOption = Annotated[int, typer.Option(help="Torch threads per shard.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="Workers to count on: layers that take longer than a share are divided."),
+]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace a checkpoint at the output.")]
 FiniteOption = Annotated[bool, typer.Option(help="Fail on NaN or infinity in an input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -178,6 +182,7 @@ def plan(
     max_shard_size: ShardSizeOption = "5GB",
     memory_budget: BudgetOption = "4GiB",
     device_memory_budget: DeviceBudgetOption = None,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -195,6 +200,7 @@ def plan(
         max_shard_size=max_shard_size,
         memory_budget=memory_budget,
         device_memory_budget=device_memory_budget,
+        workers=workers,
         overwrite=overwrite,
     )
     made = _make_plan(recipe, output, options, open_storage())
@@ -277,6 +283,7 @@ def submit(
     device_memory_budget: DeviceBudgetOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
     label: Annotated[list[str] | None, typer.Option(help="key=value; repeatable.")] = None,
@@ -292,6 +299,7 @@ def submit(
         "device_memory_budget": device_memory_budget,
         "seed": seed,
         "threads": threads,
+        "workers": workers,
         "overwrite": overwrite,
         "check_finite": check_finite,
     }

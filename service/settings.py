@@ -160,6 +160,15 @@ class Settings(BaseSettings):
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where shards are solved."
     )
     max_concurrent_jobs: int = Field(default=4, ge=1, description="Jobs that one runner drives.")
+    workers_per_job: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description=(
+            "Workers that plans count on unless a job's options say how many: layers that take"
+            " longer than a worker's share are divided."
+        ),
+    )
     max_in_flight_shards: int | None = Field(
         default=None, ge=1, description="Shards handed out at once; default: as the pool has slots."
     )

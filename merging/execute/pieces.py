@@ -45,9 +45,12 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole inputs, or flat."""
-        if self.treatment.is_flat:
-            return (-1,)
+        """Of the experts."""
+        return (-1,) if self.treatment.is_flat else self.base_shape
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        """Of the base: the whole input's, or that of a flat tile."""
         whole = self.start == 0 and self.is_last
         return self.problem.input_shape if whole else (self.end - self.start,)
 

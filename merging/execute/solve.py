@@ -84,7 +84,7 @@ class Solver:
         if piece.start == 0:
             self._memory.clear()
         arriving = self._arrive(piece, inputs)
-        base = next(arriving).view(piece.shape) if problem.base is not None else None
+        base = next(arriving).view(piece.base_shape) if problem.base is not None else None
         made = self._experts.make(piece, base, arriving, expand=not treatment.takes_adapters)
         held = list(made) if len(treatment.groups) > 1 else None
         seen = base if problem.sees_base else None

@@ -20,14 +20,15 @@ that is less.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.layered import cost_by, merge_by
+from merging.layered import cost_by, divide_by, merge_by
 from merging.method import MergeMethod, Precision, PresetParameters, Presets, register
 from merging.ops.forms import Flops, Form, LayerShape, adam_entries, adam_flops
-from merging.ops.layer_method import LayerMethod
+from merging.ops.layer_method import LayerMethod, RowSolver
 
 if TYPE_CHECKING:
     import torch
@@ -69,11 +70,25 @@ class WudiParameters(PresetParameters):
 
 
 def solve_wudi(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
-    """Adam from the sum of the task vectors. Reports the learning rate as figures."""
-    from merging.ops.adam import adam_on_problem, adam_rates
+    """Adam from the sum of the task vectors."""
+    return _descend(problem, task, _rates(problem, task))
+
+
+def _rates(problem: LayerProblem, task: LayerTask) -> tuple[float, float]:
+    """Learning rate and epsilon. Reports the learning rate as figures."""
+    from merging.ops.adam import adam_rates
+
+    learning_rate, epsilon = adam_rates(problem, task.parameters.learning_rate)
+    task.figures["learning_rate"] = learning_rate
+    task.figures["learning_rate_over_rms"] = learning_rate / problem.rms
+    return learning_rate, epsilon
+
+
+def _descend(problem: LayerProblem, task: LayerTask, rates: Sequence[float]) -> torch.Tensor:
+    from merging.ops.adam import adam_on_problem
 
     parameters: WudiParameters = task.parameters
-    learning_rate, epsilon = adam_rates(problem, parameters.learning_rate)
+    learning_rate, epsilon, *_ = rates
     adam_on_problem(
         problem.total,
         problem,
@@ -83,8 +98,6 @@ def solve_wudi(problem: LayerProblem, task: LayerTask) -> torch.Tensor:
         row_block=task.row_block,
         precision=parameters.precision,
     )
-    task.figures["learning_rate"] = learning_rate
-    task.figures["learning_rate_over_rms"] = learning_rate / problem.rms
     return problem.total
 
 
@@ -97,7 +110,12 @@ def _entries(shape: LayerShape, form: Form, row_block: int, parameters: WudiPara
     return adam_entries(shape, form, row_block, is_split=parameters.precision == "high")
 
 
-LAYER = LayerMethod(solve=solve_wudi, flops=_flops, entries=_entries)
+LAYER = LayerMethod(
+    solve=solve_wudi,
+    flops=_flops,
+    entries=_entries,
+    rows=RowSolver(prepare=_rates, solve=_descend),
+)
 
 register(
     MergeMethod(
@@ -112,6 +130,7 @@ register(
         merge=merge_by(LAYER),
         cost=cost_by(LAYER),
         layer=LAYER,
+        divided=divide_by(LAYER),
         parameters=WudiParameters,
         separable="rows",
         streaming=True,

@@ -43,13 +43,22 @@ def describe_solution(
     problem: LayerProblem, M: torch.Tensor, start: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Figures of a merged update, beside :func:`describe_start`'s."""
-    figures: dict[str, Any] = {"update_norm": math.sqrt(inner_product(M, M))}
+    norm = math.sqrt(inner_product(M, M))
+    loss = problem.loss(M) if "loss_before" in start else None
+    return describe_update(start, norm=norm, loss=loss, c=problem.c)
+
+
+def describe_update(
+    start: Mapping[str, Any], *, norm: float, loss: float | None, c: float
+) -> dict[str, Any]:
+    """The same from what is known of the update; without a problem there is no loss."""
+    figures: dict[str, Any] = {"update_norm": norm}
     if start["sum_norm"] > 0:
-        figures["norm_ratio"] = figures["update_norm"] / start["sum_norm"]
-    if "loss_before" in start:
-        figures["loss_after"] = problem.loss(M)
-        if start["loss_before"] > _LOSS_NOISE * problem.c:
-            figures["interference_removed"] = 1 - figures["loss_after"] / start["loss_before"]
+        figures["norm_ratio"] = norm / start["sum_norm"]
+    if loss is not None:
+        figures["loss_after"] = loss
+        if start["loss_before"] > _LOSS_NOISE * c:
+            figures["interference_removed"] = 1 - loss / start["loss_before"]
     return figures
 
 

@@ -69,11 +69,15 @@ class GramProblem(DenseProblem):
 
     def loss(self, M: torch.Tensor) -> float:
         """L(M), with a workspace of a few rows."""
+        return max(0.0, self.c + self.loss_of_rows(M))
+
+    def loss_of_rows(self, M: torch.Tensor) -> float:
+        """L(M) − c, which is a sum over rows."""
         num_rows = max(64, block_size(M.device) // max(1, M.shape[1]))
-        loss = self.c
+        loss = 0.0
         for M_rows, B_rows in zip(M.split(num_rows), self.B.split(num_rows), strict=True):
             loss += inner_product(M_rows, torch.addmm(B_rows, M_rows, self.A, beta=-2))
-        return max(0.0, loss)
+        return loss
 
     def add_term(self, target: torch.Tensor, directions: torch.Tensor) -> None:
         """Add ‖(M − target) directionsᵀ‖²_F, of a target (O×I) and directions (K×I), to the loss.
@@ -101,6 +105,21 @@ class GramProblem(DenseProblem):
         self._note_gram(gram, norm)
         if self._weighted_total is not None:
             self._weighted_total.add_(T, alpha=1 / norm)
+
+
+class GramRows(GramProblem):
+    """Some rows of a problem that has been summed up elsewhere.
+
+    Args:
+        A: Of the whole problem.
+        B: Its rows.
+        total: Likewise.
+    """
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, total: torch.Tensor) -> None:
+        DenseProblem.__init__(self, total)  # there is nothing to sum up
+        self.A, self.B, self.total = A, B, total
+        self._weighted_total = None
 
 
 def symmetric_product(X: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,56 @@ WUDI = ProblemKind(name="wudi")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowSolver:
+    """How rows of a layer are solved by themselves once A is known (in the form ``gram``).
+
+    Attributes:
+        prepare: Numbers (:data:`NUM_PREPARED` at the most) that depend on the whole problem.
+            Figures go to the task.
+        solve: The merged update of the rows that a problem has B and ΣT of, given these numbers;
+            as :attr:`LayerMethod.solve` for all rows.
+    """
+
+    prepare: Callable[[LayerProblem, LayerTask], tuple[float, ...]]
+    solve: Callable[[LayerProblem, LayerTask, Sequence[float]], torch.Tensor]
+
+
+class KnownLayer(NamedTuple):
+    """What is known of a layer once it is summed up, beside its matrices.
+
+    Attributes:
+        is_problem: Two task vectors or more are not zero: there is something to solve.
+        sum_norm: ‖ΣT‖_F.
+        loss_before: Of ΣT.
+        c: Of the problem.
+    """
+
+    is_problem: float
+    sum_norm: float
+    loss_before: float
+    c: float
+
+
+class KnownRows(NamedTuple):
+    """What is known of rows of an update: ``norm``², and their share of the loss without c."""
+
+    square: float
+    loss: float
+
+
+NUM_PREPARED = 4
+
+WORDS = 3
+"""Entries of a float32 tensor that hold one float64 without loss."""
+
+NUM_SUMS = WORDS * (len(KnownLayer._fields) + NUM_PREPARED)
+"""Entries after A, B and ΣT of a layer that is divided."""
+
+NUM_ROWS = WORDS * (len(KnownLayer._fields) + len(KnownRows._fields))
+"""Entries after rows of its update."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerMethod:
     """A solver. Its parameters have a ``scale``, the factor on the update; all else is up to it.
 
@@ -100,6 +150,7 @@ class LayerMethod:
             parameters.
         needs_weighted_total: Whether it uses ``problem.combine(-1)``, for parameters.
         problem: Which problem it solves, for parameters.
+        rows: How it solves rows by themselves, if a layer may be divided over workers.
     """
 
     solve: Callable[[LayerProblem, LayerTask], torch.Tensor]
@@ -108,6 +159,7 @@ class LayerMethod:
     decomposes: Callable[[LayerShape, Form, Any], bool] = lambda *_: False
     needs_weighted_total: Callable[[Any], bool] = lambda _: False
     problem: Callable[[Any], ProblemKind] = lambda _: WUDI
+    rows: RowSolver | None = None
 
 
 class LayerVariant(NamedTuple):

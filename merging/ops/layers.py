@@ -66,7 +66,7 @@ def merge_layer(
             task = tasks[place][1]
             task.figures.update(tasks[group[0]][1].figures)
             update = M if place == group[-1] else M.clone()
-            yield place, _add_to_base(base, update, task)
+            yield place, add_to_base(base, update, task)
         problem.total = total
 
 
@@ -187,7 +187,7 @@ def write_task_vector(
         T_rows.sub_(base_rows)
 
 
-def _add_to_base(base: torch.Tensor, M: torch.Tensor, task: LayerTask) -> torch.Tensor:
+def add_to_base(base: torch.Tensor, M: torch.Tensor, task: LayerTask) -> torch.Tensor:
     """``base + scale · M`` in the shape of the base and the dtype of M, which is used up."""
     M.mul_(task.parameters.scale)
     for M_rows, base_rows in _row_blocks(M, as_matrix(base, transposed=task.transposed)):

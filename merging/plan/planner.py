@@ -22,8 +22,10 @@ from merging.dtypes import is_float, recipe_name
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.cost import Budgets
+from merging.plan.dividing import divide_large
 from merging.plan.fit import check_fit
 from merging.plan.inputs import Expert, Inputs, read_inputs
+from merging.plan.intermediate import Intermediates
 from merging.plan.packing import data_bytes, pack
 from merging.plan.plan import (
     PLAN_FORMAT,
@@ -78,7 +80,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
     problems = builder.build(entries)
-    staging = Staging(
+    stages = Intermediates(
         builder.settings,
         builder.files,
         budgets,
@@ -88,12 +90,12 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     if variants:
         builder.settings.refuse_passes()
     else:
-        problems = staging.stage(problems)
-    early = [problem for shard in staging.shards for problem in shard.problems]
-    check_fit([*early, *problems], builder.settings.settings, budgets)
-    outputs = pack(problems, options.max_shard_size, first_index=len(staging.shards))
+        problems = Staging(stages).stage(problems)
+        problems = divide_large(problems, stages, options.workers or 1, warnings)
+    check_fit([*stages.problems, *problems], builder.settings.settings, budgets)
+    outputs = pack(problems, options.max_shard_size, first_index=len(stages.shards))
     shards = (
-        *staging.shards,
+        *stages.shards,
         *(msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs),
     )
     described = _inputs(inputs)

@@ -14,42 +14,20 @@ from typing import Any
 import msgspec
 
 from merging.dtypes import ITEM_SIZE
-from merging.method import COMBINED, FINISH, Geometry, MergeMethod, Reduction, Staged, get_method
-from merging.plan.cost import Budgets, problem_cost, problem_load
-from merging.plan.packing import intermediate_file, pack, tensor_sources
-from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
-from merging.plan.variants import VariantSettings
+from merging.method import COMBINED, FINISH, MergeMethod, Reduction, Staged
+from merging.plan.intermediate import Intermediates, is_double, part_of, problem_geometry
+from merging.plan.plan import Problem, Source
 
 
 class Staging:
     """Adds the passes that the problems of a merge need before their last one.
 
     Args:
-        settings: The plan's, to which settings of passes are added.
-        files: The plan's, to which intermediate files are added.
-        budgets: What a worker may use.
-        max_shard_size: Largest file in bytes.
-        output_uri: Folder of the output.
-
-    Attributes:
-        shards: What is to be done before the output's shards, in order.
+        stages: Where they go.
     """
 
-    def __init__(
-        self,
-        settings: VariantSettings,
-        files: list[SourceFile],
-        budgets: Budgets,
-        *,
-        max_shard_size: int,
-        output_uri: str,
-    ) -> None:
-        self.shards: list[Shard] = []
-        self._settings = settings
-        self._files = files
-        self._budgets = budgets
-        self._max_shard_size = max_shard_size
-        self._output_uri = output_uri
+    def __init__(self, stages: Intermediates) -> None:
+        self._stages = stages
 
     def stage(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems of the output, where need be as the last pass of several."""
@@ -58,14 +36,14 @@ class Staging:
         places = sorted(place for group in groups for place in group)
         if not places:
             return finals
-        method = self._method(problems[places[0]].setting)
+        method = self._stages.method(problems[places[0]])
         assert method is not None, "a recipe has one method with passes"
         assert method.staged is not None
         found: dict[int, Source] = {}
         given: dict[int, tuple[Source, ...]] = dict.fromkeys(places, ())
         for reduction in method.staged.reductions:
             maps = [self._map(reduction, problems[place], given[place]) for place in places]
-            found = dict(zip(places, self._write(maps, reduction.name), strict=True))
+            found = dict(zip(places, self._stages.write(maps, reduction.name), strict=True))
             combinations = [
                 self._combination(
                     reduction,
@@ -76,7 +54,7 @@ class Staging:
                 )
                 for number, group in enumerate(groups)
             ]
-            results = self._write(combinations, reduction.name + COMBINED)
+            results = self._stages.write(combinations, reduction.name + COMBINED)
             for group, result in zip(groups, results, strict=True):
                 for place in group:
                     given[place] += (result,)
@@ -89,36 +67,32 @@ class Staging:
         keys: dict[int, Any] = {}
         groups: dict[str, list[int]] = {}
         for place, problem in enumerate(problems):
-            method = self._method(problem.setting)
+            method = self._stages.method(problem)
             if method is None or method.staged is None:
                 continue
             if problem.setting not in keys:
-                keys[problem.setting] = self._key(method, method.staged, problem.setting)
+                keys[problem.setting] = self._key(method, method.staged, problem)
             key = keys[problem.setting]
             if key is not None:
                 groups.setdefault(repr(key), []).append(place)
-            elif not (self._budgets.hold(problem) or is_double(problem)):
+            elif not (self._stages.budgets.hold(problem) or is_double(problem)):
                 groups[f"alone {place}"] = [place]
         return list(groups.values())
 
-    def _key(self, method: MergeMethod, staged: Staged, setting: int) -> Any:
-        experts = self._settings.settings[setting].expert_parameters
+    def _key(self, method: MergeMethod, staged: Staged, problem: Problem) -> Any:
+        experts = self._stages.expert_parameters(problem)
         return staged.group(
-            self._settings.parameters(setting),
+            self._stages.parameters(problem),
             [method.expert_parameters.model_validate(expert) for expert in experts],
         )
-
-    def _method(self, setting: int) -> MergeMethod | None:
-        name = self._settings.settings[setting].method
-        return None if name == COPY else get_method(name)
 
     def _map(self, reduction: Reduction, problem: Problem, given: tuple[Source, ...]) -> Problem:
         """What is found of one tensor."""
         floats = "F64" if is_double(problem) else "F32"
-        return self._problem(
+        return self._stages.of_step(
             msgspec.structs.replace(
                 problem,
-                shape=(reduction.entries(_geometry(problem)),),
+                shape=(reduction.entries(problem_geometry(problem)),),
                 source_shape=problem.shape,
                 dtype=reduction.dtype or floats,
                 given=given,
@@ -136,7 +110,7 @@ class Staging:
     ) -> Problem:
         """What the maps of a group say together."""
         parts = tuple(
-            _entries(source, reduction.part(_geometry(problem)))
+            part_of(source, reduction.part(problem_geometry(problem)))
             for problem, source in zip(problems, found, strict=True)
         )
         longest = max(part.num_bytes // ITEM_SIZE[part.dtype] for part in parts)
@@ -150,7 +124,7 @@ class Staging:
             source_shape=(longest,),
             given=given,
         )
-        return self._problem(combined, reduction.name + COMBINED)
+        return self._stages.of_step(combined, reduction.name + COMBINED)
 
     def _finish(
         self, staged: Staged, problem: Problem, found: Source, given: tuple[Source, ...]
@@ -158,52 +132,7 @@ class Staging:
         """The merge of one tensor."""
         if staged.keeps_map:
             entries = problem.num_entries
-            experts = (_entries(found, slice(entries)),)
-            given = (*given, _entries(found, slice(entries, None)))
+            experts = (part_of(found, slice(entries)),)
+            given = (*given, part_of(found, slice(entries, None)))
             problem = msgspec.structs.replace(problem, experts=experts, parts=())
-        return self._problem(msgspec.structs.replace(problem, given=given), FINISH)
-
-    def _problem(self, problem: Problem, step: str) -> Problem:
-        """A problem of this step of its method, with what that costs."""
-        method = self._method(problem.setting)
-        assert method is not None
-        parameters = self._settings.parameters(problem.setting)
-        steps = [(method.step(step), parameters)]
-        cost = problem_cost(steps, problem_load(problem), self._budgets)
-        return msgspec.structs.replace(
-            problem,
-            setting=self._settings.step(problem.setting, step),
-            row_block=cost.row_block,
-            flops=cost.flops,
-            host_bytes=cost.host_bytes,
-            device_bytes=cost.device_bytes,
-        )
-
-    def _write(self, problems: Sequence[Problem], stage: str) -> list[Source]:
-        """Have these results written to intermediate files; where each will be."""
-        first = len(self.shards)
-        shards = pack(problems, self._max_shard_size, first_index=first, stage=stage)
-        places: dict[str, Source] = {}
-        for shard in shards:
-            places |= tensor_sources(shard, len(self._files))
-            self._files.append(intermediate_file(self._output_uri, shard))
-        self.shards += shards
-        return [places[problem.tensor_name] for problem in problems]
-
-
-def is_double(problem: Problem) -> bool:
-    """Whether an input is float64, so that the method computes in float64."""
-    return any(source.dtype == "F64" for source in problem.sources)
-
-
-def _geometry(problem: Problem) -> Geometry:
-    return Geometry(problem.shape, problem.num_experts, transposed=problem.transposed)
-
-
-def _entries(source: Source, entries: slice) -> Source:
-    """Some entries of a source."""
-    size = ITEM_SIZE[source.dtype]
-    first, last, _ = entries.indices(source.num_bytes // size)
-    return Source(
-        source.file, source.start + first * size, source.start + last * size, source.dtype
-    )
+        return self._stages.of_step(msgspec.structs.replace(problem, given=given), FINISH)

@@ -11,6 +11,14 @@ from service.api.deps import Services
 from service.api.schemas import PlanRequest
 
 
+def with_defaults(services: Services, request: PlanRequest) -> PlanRequest:
+    """The request with what the service's settings say where its options say nothing."""
+    if request.options.workers is not None:
+        return request
+    options = request.options.model_copy(update={"workers": services.settings.workers_per_job})
+    return request.model_copy(update={"options": options})
+
+
 async def plan_merge(services: Services, request: PlanRequest) -> Plan:
     """Check a recipe in full and plan it; reads headers only, writes nothing.
 

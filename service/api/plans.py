@@ -11,7 +11,7 @@ from merging.plan.plan import Plan
 from merging.plan.summary import plan_summary
 from service.api.deps import Services, ServicesDep, guarded
 from service.api.objects import PlanObject
-from service.api.planning import plan_merge
+from service.api.planning import plan_merge, with_defaults
 from service.api.schemas import PlanRequest, is_plan_id
 from service.auth import Scope
 from service.jobs.records import NewPlan, PlanRecord
@@ -27,6 +27,7 @@ async def create_plan(body: PlanRequest, services: ServicesDep, response: Respon
     Nothing is written to storage. A job may name the plan for a day, to run exactly that.
     ``estimate`` is null until workers have done a shard and so told how fast they are.
     """
+    body = with_defaults(services, body)
     plan = await plan_merge(services, body)
     kept = await run_in_threadpool(_keep, services, body, plan)
     response.headers["Location"] = services.href(f"/v1/plans/{kept.id}")

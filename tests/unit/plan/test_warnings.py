@@ -48,7 +48,7 @@ def test_a_method_for_layers_gets_matrices_only_and_leaves_stacks_with_a_warning
     found = plan(storage, method)
     solved = [
         p
-        for shard in found.shards
+        for shard in found.outputs
         for p in shard.problems
         if found.settings[p.setting].method == method
     ]

@@ -1,0 +1,125 @@
+"""The shards of a plan that make intermediate files, as they are added one stage after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from merging.dtypes import ITEM_SIZE
+from merging.method import Geometry, MergeMethod, get_method
+from merging.plan.cost import Budgets, problem_cost, problem_load
+from merging.plan.packing import intermediate_file, make_shard, pack, tensor_sources
+from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
+from merging.plan.variants import VariantSettings
+
+
+class Intermediates:
+    """Collects stages before the output's shards.
+
+    Args:
+        settings: The plan's, to which settings of steps are added.
+        files: The plan's, to which intermediate files are added.
+        budgets: What a worker may use.
+        max_shard_size: Largest file in bytes.
+        output_uri: Folder of the output.
+
+    Attributes:
+        shards: What is to be done before the output's shards, in order.
+        budgets: What a worker may use.
+    """
+
+    def __init__(
+        self,
+        settings: VariantSettings,
+        files: list[SourceFile],
+        budgets: Budgets,
+        *,
+        max_shard_size: int,
+        output_uri: str,
+    ) -> None:
+        self.shards: list[Shard] = []
+        self.budgets = budgets
+        self._settings = settings
+        self._files = files
+        self._max_shard_size = max_shard_size
+        self._output_uri = output_uri
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All problems of all stages."""
+        return [problem for shard in self.shards for problem in shard.problems]
+
+    def method(self, problem: Problem) -> MergeMethod | None:
+        """The method of a problem; None of a copy."""
+        name = self._settings.settings[problem.setting].method
+        return None if name == COPY else get_method(name)
+
+    def parameters(self, problem: Problem) -> Any:
+        """The recipe-level parameters of a problem."""
+        return self._settings.parameters(problem.setting)
+
+    def expert_parameters(self, problem: Problem) -> tuple[dict[str, Any], ...]:
+        """The experts' parameters of a problem, as data."""
+        return self._settings.settings[problem.setting].expert_parameters
+
+    def of_step(self, problem: Problem, step: str) -> Problem:
+        """The problem as one of this step of its method, with what that costs."""
+        method = self.method(problem)
+        assert method is not None
+        steps = [(method.step(step), self.parameters(problem))]
+        cost = problem_cost(steps, problem_load(problem), self.budgets)
+        return msgspec.structs.replace(
+            problem,
+            setting=self._settings.step(problem.setting, step),
+            row_block=cost.row_block,
+            flops=cost.flops,
+            host_bytes=cost.host_bytes,
+            device_bytes=cost.device_bytes,
+        )
+
+    def write(self, problems: Sequence[Problem], stage: str) -> list[Source]:
+        """Have these results written to intermediate files; where each will be."""
+        first = len(self.shards)
+        shards = pack(problems, self._max_shard_size, first_index=first, stage=stage)
+        places: dict[str, Source] = {}
+        for shard in shards:
+            places |= self._add(shard)
+        return [places[problem.tensor_name] for problem in problems]
+
+    def write_apart(self, problems: Sequence[Problem], stage: str) -> list[Source]:
+        """The same with a file for each: several may be for one tensor."""
+        sources = []
+        for number, problem in enumerate(problems, 1):
+            name = f"{stage}-{number:05d}-of-{len(problems):05d}.safetensors"
+            shard = make_shard(len(self.shards), name, [problem], kind="intermediate")
+            sources.append(self._add(shard)[problem.tensor_name])
+        return sources
+
+    def _add(self, shard: Shard) -> dict[str, Source]:
+        sources = tensor_sources(shard, len(self._files))
+        self._files.append(intermediate_file(self._output_uri, shard))
+        self.shards.append(shard)
+        return sources
+
+
+def is_double(problem: Problem) -> bool:
+    """Whether an input is float64, so that the method computes in float64."""
+    return any(source.dtype == "F64" for source in problem.sources)
+
+
+def problem_geometry(problem: Problem) -> Geometry:
+    """A problem's tensor as cost functions see it."""
+    return Geometry(
+        problem.shape, problem.num_experts, transposed=problem.transposed, ranks=problem.ranks
+    )
+
+
+def part_of(source: Source, entries: slice) -> Source:
+    """Some entries of a source."""
+    size = ITEM_SIZE[source.dtype]
+    first, last, _ = entries.indices(source.num_bytes // size)
+    return Source(
+        source.file, source.start + first * size, source.start + last * size, source.dtype
+    )

@@ -1,0 +1,20 @@
+from types import SimpleNamespace
+
+import pytest
+
+from merging.options import MergeOptions
+from service.api.planning import with_defaults
+from service.api.schemas import PlanRequest
+
+
+@pytest.mark.parametrize(
+    ("setting", "option", "used"), [(None, None, None), (8, None, 8), (8, 2, 2), (None, 2, 2)]
+)
+def test_options_go_before_what_the_service_counts_on(
+    setting: int | None, option: int | None, used: int | None
+) -> None:
+    services = SimpleNamespace(settings=SimpleNamespace(workers_per_job=setting))
+    request = PlanRequest(
+        recipe={}, output_uri="/out", options=MergeOptions(workers=option, seed=3)
+    )
+    assert with_defaults(services, request).options == MergeOptions(workers=used, seed=3)
