@@ -13,11 +13,13 @@ from merging.checkpoint.index import WeightFile
 from merging.errors import CheckpointError, StorageError
 from merging.plan.plan import Plan, Shard
 from merging.receipts import Receipt
-from merging.report import REPORT_NAME
+from merging.report import REPORT_NAME, SWEEP_REPORT_NAME
 from merging.storage.base import Storage
 
 _READ_BYTES = 16 << 20
 _REPORT_LIMIT_BYTES = 256 << 20
+_REPORTS = {SWEEP_REPORT_NAME: 2, REPORT_NAME: 1}
+"""Names of reports, with the parts of the file names in them."""
 
 
 class WrittenFile(msgspec.Struct, frozen=True):
@@ -40,7 +42,7 @@ def verify_published(checkpoint_uri: str, storage: Storage) -> tuple[WrittenFile
     """Read a published checkpoint again, wherever it is now, and compare it with its merge report.
 
     Args:
-        checkpoint_uri: Its folder.
+        checkpoint_uri: Its folder, or that of a sweep, whose checkpoints are then all read.
         storage: Where that is.
 
     Returns:
@@ -68,21 +70,25 @@ def verify_published(checkpoint_uri: str, storage: Storage) -> tuple[WrittenFile
 
 
 def _read_report(uri: str, storage: Storage) -> _Report:
-    report_uri = f"{uri}/{REPORT_NAME}"
-    try:
-        data = storage.read_bytes(report_uri, limit=_REPORT_LIMIT_BYTES)
-        report = msgspec.json.decode(data, type=_Report)
-    except StorageError as error:
-        if error.code != "not_found":
-            raise
-        reason = "is not there"
-    except msgspec.MsgspecError as error:
-        reason = f"cannot be read ({error})"
-    else:
-        strange = [file.name for file in report.output.files if "/" in file.name]
+    name, reason = REPORT_NAME, "is not there"
+    for name, depth in _REPORTS.items():
+        try:
+            data = storage.read_bytes(f"{uri}/{name}", limit=_REPORT_LIMIT_BYTES)
+            report = msgspec.json.decode(data, type=_Report)
+        except StorageError as error:
+            if error.code != "not_found":
+                raise
+            continue
+        except msgspec.MsgspecError as error:
+            reason = f"cannot be read ({error})"
+            break
+        paths = [file.name.split("/") for file in report.output.files]
+        strange = ["/".join(path) for path in paths if len(path) != depth or ".." in path]
         if not strange:
             return report
         reason = f"names files in other folders ({shorten_all(strange)})"
+        break
+    report_uri = f"{uri}/{name}"
     raise CheckpointError(
         f"{report_uri} {reason}: only a checkpoint that Mergeyard published can be verified.",
         code="missing_file",

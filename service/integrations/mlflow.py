@@ -1,5 +1,7 @@
 """MLflow's model registry: one version for each merge, by reference. No weights are sent.
 
+The variants of a sweep are versions of one model.
+
 Speaks MLflow's REST API 2.0 rather than through its client, which would bring thirty packages,
 telemetry and waits of minutes for four requests.
 """
@@ -19,6 +21,7 @@ from service.jobs.outbox import Announcement
 
 _REQUEST_SECONDS = 10.0
 _JOB_TAG = "mergeyard.job_id"
+_VARIANT_TAG = "mergeyard.variant"
 _NOT_IN_NAMES = re.compile(r"[^\w .-]+")
 _LONGEST_NAME = 250
 
@@ -60,7 +63,7 @@ class Mlflow:
             self._headers = {"Authorization": f"Bearer {credentials}"}
 
     def on_event(self, event: JobAnnouncement) -> str | None:
-        """Register the output of a job that has succeeded; the address of the version's page."""
+        """Register what a job has merged; the address of the page of the (first) version."""
         if event.type != Announcement.JOB_SUCCEEDED:
             return None
         name = event.options.get("model_name") or _default_name(event.job.output_uri)
@@ -71,8 +74,19 @@ class Mlflow:
             timeout=_REQUEST_SECONDS,
             transport=self._transport,
         ) as http:
-            version = _find_version(http, name, event.job.id) or _create(http, name, event)
-        return f"{self._url}/#/models/{quote(name)}/versions/{version}"
+            first, *_ = [
+                _find_version(http, name, event.job.id, output)
+                or _create(http, name, event, output)
+                for output in _outputs(event)
+            ]
+        return f"{self._url}/#/models/{quote(name)}/versions/{first}"
+
+
+def _outputs(event: JobAnnouncement) -> list[dict[str, Any]]:
+    """What the job has published: one checkpoint, or one for each variant."""
+    output = event.job.output or {}
+    outputs: list[dict[str, Any]] = output.get("variants") or [output]
+    return outputs
 
 
 def _default_name(output_uri: str) -> str:
@@ -80,9 +94,13 @@ def _default_name(output_uri: str) -> str:
     return _NOT_IN_NAMES.sub("-", last)[:_LONGEST_NAME]
 
 
-def _find_version(http: httpx.Client, name: str, job_id: str) -> str | None:
+def _find_version(
+    http: httpx.Client, name: str, job_id: str, output: Mapping[str, Any]
+) -> str | None:
     """The version that an earlier try has made."""
     wanted = f"name = '{_quoted(name)}' AND tags.`{_JOB_TAG}` = '{job_id}'"
+    if "name" in output:
+        wanted += f" AND tags.`{_VARIANT_TAG}` = '{output['name']}'"
     found = _call(http, "GET", "model-versions/search", params={"filter": wanted})
     versions = found.get("model_versions") or []
     return str(versions[0]["version"]) if versions else None
@@ -92,7 +110,9 @@ def _quoted(text: str) -> str:
     return text.replace("'", "''")
 
 
-def _create(http: httpx.Client, name: str, event: JobAnnouncement) -> str:
+def _create(
+    http: httpx.Client, name: str, event: JobAnnouncement, output: Mapping[str, Any]
+) -> str:
     _call(
         http,
         "POST",
@@ -101,11 +121,12 @@ def _create(http: httpx.Client, name: str, event: JobAnnouncement) -> str:
         but_not="RESOURCE_ALREADY_EXISTS",
     )
     job = event.job
+    method = output.get("method", job.method)
     body = {
         "name": name,
-        "source": job.output_uri,
-        "description": f"{job.method} of {_count_experts(job.inputs)} models, by Mergeyard.",
-        "tags": [{"key": key, "value": value} for key, value in _tags(event).items()],
+        "source": output.get("uri", job.output_uri),
+        "description": f"{method} of {_count_experts(job.inputs)} models, by Mergeyard.",
+        "tags": [{"key": key, "value": value} for key, value in _tags(event, output).items()],
     }
     made = _call(http, "POST", "model-versions/create", json=body)
     return str(made["model_version"]["version"])
@@ -115,16 +136,18 @@ def _count_experts(inputs: tuple[dict[str, Any], ...]) -> int:
     return sum(item["role"] == "expert" for item in inputs)
 
 
-def _tags(event: JobAnnouncement) -> dict[str, str]:
+def _tags(event: JobAnnouncement, output: Mapping[str, Any]) -> dict[str, str]:
     """Where the version comes from: enough to make it again, and to see whether it was changed."""
-    job, output = event.job, event.job.output or {}
+    job = event.job
     tags = {
         _JOB_TAG: job.id,
-        "mergeyard.method": job.method,
+        "mergeyard.method": str(output.get("method", job.method)),
         "mergeyard.recipe_digest": job.recipe_digest,
         "mergeyard.plan_digest": job.plan_digest or "",
         "mergeyard.output_digest": str(output.get("digest", "")),
     }
+    if "name" in output:
+        tags[_VARIANT_TAG] = str(output["name"])
     for number, item in enumerate(job.inputs):
         tags[f"mergeyard.input.{number}"] = f"{item['role']} {item['uri']} {item['digest']}"
     return tags

@@ -157,6 +157,30 @@ def test_warnings_go_to_standard_error(family: Family, tmp_path: Path) -> None:
     assert said.out.count("\n") == 2
 
 
+def test_a_sweep_prints_each_checkpoint_and_can_be_verified(family: Family, tmp_path: Path) -> None:
+    variants = [{"name": n, "parameters": {"density": d}} for n, d in (("thin", 0.2), ("all", 1))]
+    path, output = tmp_path / "sweep.yaml", tmp_path / "merged"
+    path.write_text(yaml.safe_dump({**recipe(family, "ties"), "sweep": variants}))
+    shown = mergeyard("plan", path, "-o", output).out
+    assert f"{output}/thin (ties)" in shown
+    assert f"{output}/all (ties)" in shown
+    said = mergeyard("merge", path, "-o", output)
+    lines = said.out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == [f"{output}/thin", f"{output}/all"]
+    alone = mergeyard("merge", write_recipe(tmp_path, family, density=0.2), "-o", tmp_path / "one")
+    assert lines[1] == digest(alone)
+    checked = mergeyard("verify", output)
+    assert "in 2 files are as they were written" in checked.out
+    assert mergeyard("verify", output / "thin").status == 0
+    file = next((output / "all").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert str(file) in mergeyard("verify", output).error
+    (output / "sweep_report.json").write_text(
+        json.dumps({"output": {"files": [{"name": "../x", "size": 1, "sha256": ""}]}})
+    )
+    assert "names files in other folders ('../x')" in mergeyard("verify", output).error
+
+
 def test_a_merged_checkpoint_can_be_verified(family: Family, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     mergeyard("merge", write_recipe(tmp_path, family), "-o", output, "--max-shard-size", "50kB")

@@ -98,6 +98,28 @@ def test_a_merge_becomes_one_version_by_reference(mlflow: MlflowServer, store: S
 
 
 @pytest.mark.slow
+def test_the_variants_of_a_sweep_are_versions_of_one_model(
+    mlflow: MlflowServer, store: SqlJobStore
+) -> None:
+    event = announcement(store, "s3://models/swept")
+    variants = [
+        {"name": name, "uri": f"s3://models/swept/{name}", "method": method, "digest": f"d-{name}"}
+        for name, method in (("a", "wudi"), ("b", "swudi_a"))
+    ]
+    output = {"uri": event.job.output_uri, "digest": "sha256:all", "variants": variants}
+    job = msgspec.structs.replace(event.job, output=output)
+    event = msgspec.structs.replace(event, job=job)
+    for _ in range(2):  # told twice
+        assert Mlflow(mlflow.url).on_event(event) == f"{mlflow.url}/#/models/swept/versions/1"
+    found = sorted(versions(mlflow, "swept"), key=lambda version: version["version"])
+    assert [version["source"] for version in found] == [v["uri"] for v in variants]
+    for version, variant in zip(found, variants, strict=True):
+        assert version["tags"]["mergeyard.variant"] == variant["name"]
+        assert version["tags"]["mergeyard.method"] == variant["method"]
+        assert version["tags"]["mergeyard.output_digest"] == variant["digest"]
+
+
+@pytest.mark.slow
 def test_the_next_merge_is_the_next_version(mlflow: MlflowServer, store: SqlJobStore) -> None:
     for number in (1, 2):
         event = announcement(store, f"s3://models/run-{number}", model_name="it's an assistant")

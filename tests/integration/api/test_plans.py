@@ -118,3 +118,26 @@ def test_a_repeated_submission_of_a_plan_gives_the_first_job(api: LiveApi) -> No
     again = api.admin.post("/v1/jobs", json={"plan_id": made["id"]}, headers=headers)
     assert (first.status_code, again.status_code) == (201, 200)
     assert again.json()["id"] == first.json()["id"]
+
+
+def test_a_sweep_is_planned_checked_and_submitted_like_any_recipe(api: LiveApi) -> None:
+    variants = [
+        {"name": name, "parameters": {"weight": weight}} for name, weight in (("a", 0.3), ("b", 1))
+    ]
+    shared = {key: value for key, value in RECIPE.items() if key != "parameters"}
+    made = plan(api, recipe={**shared, "sweep": variants})
+    assert [v["name"] for v in made["variants"]] == ["a", "b"]
+    assert {v["uri"] for v in made["variants"]} == {f"{made['output_uri']}/{n}" for n in "ab"}
+    assert len({v["recipe_digest"] for v in made["variants"]}) == 2
+    alone = plan(api)
+    assert made["bytes_read"] == alone["bytes_read"]
+    assert made["bytes_written"] == 2 * alone["bytes_written"]
+    assert alone["variants"] == []
+    job = run(api, plan_id=made["id"]).json()
+    assert job["recipe"]["sweep"] == variants
+    bad = {**shared, "sweep": [variants[0], {**variants[1], "name": "a/b"}]}
+    checked = api.admin.post("/v1/recipes/validate", json={"recipe": bad}).json()
+    assert [error["pointer"] for error in checked["errors"]] == ["/sweep/1/name"]
+    refused = run(api, recipe=bad, output_uri="mem://plans/never")
+    assert refused.status_code == 422
+    assert [error["pointer"] for error in refused.json()["errors"]] == ["/sweep/1/name"]

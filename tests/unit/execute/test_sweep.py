@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from merging.errors import Cancelled, CheckpointError, PlanError, RecipeError
 from merging.execute.shard import ShardCounts, run_shard
@@ -23,8 +24,9 @@ from merging.receipts import Receipt
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
 from merging.verify import verify_published
+from tests.support.adapters import make_adapters
 from tests.support.checkpoints import Family, make_family
-from tests.support.merges import recipe, weight_bytes
+from tests.support.merges import load_merged, recipe, weight_bytes
 
 FAMILY_VARIANTS: list[dict[str, Any]] = [
     {"name": "adam", "parameters": {"steps": 3}},
@@ -109,6 +111,17 @@ def test_each_variant_has_the_bytes_of_its_merge_by_itself(
 
 def _without_seconds(tensor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tensor.items() if name != "seconds"}
+
+
+def test_the_example_runs(family: Family, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "examples/recipes/sweep.yaml").read_text()
+    places = {"base": family.base, "chat": family.experts[0], "code": family.experts[1]}
+    for name, folder in places.items():
+        text = text.replace(f"s3://models/{name}", str(folder))
+    plan = make_plan(parse_recipe(text), open_storage(), MergeOptions(), str(tmp_path / "out"))
+    assert plan.warnings == ()
+    report = run_plan(plan, open_storage())
+    assert len({variant["output"]["digest"] for variant in report["variants"]}) == 4
 
 
 def test_experts_are_summed_up_once_and_decomposed_once_a_layer(
@@ -355,3 +368,25 @@ def test_a_plan_without_variants_says_nothing_of_them(family: Family, tmp_path: 
     swept = sweep_plan(family, tmp_path / "sweep", "wudi", FAMILY_VARIANTS)
     assert Plan.from_json(swept.to_json()) == swept
     assert swept.digest != plan.digest
+
+
+@pytest.mark.parametrize("others", [["wudi", "swudi"], ["optmerge"], ["wudi", "optmerge"]])
+def test_adapters_are_merged_in_variants_too(tmp_path: Path, others: list[str]) -> None:
+    family = make_adapters(tmp_path / "models", whole=False)
+    document = family.recipe("swudi_a", family.adapters)
+    variants = [{"name": "swudi_a"}, *({"name": name, "merge_method": name} for name in others)]
+    storage, options = open_storage(), MergeOptions()
+    swept = {**document, "sweep": variants}
+    plan = make_plan(parse_recipe(swept), storage, options, str(tmp_path / "sweep"))
+    budgeted = MergeOptions(memory_budget=max(plan.totals.max_host_bytes, 1 << 20))
+    plan = make_plan(parse_recipe(swept), storage, budgeted, str(tmp_path / "sweep"))
+    assert run_plan(plan, storage)["peak_buffer_bytes"] <= budgeted.memory_budget
+    for name in ["swudi_a", *others]:
+        alone = family.recipe(name, family.adapters)
+        run_plan(make_plan(parse_recipe(alone), storage, options, str(tmp_path / name)), storage)
+        if "optmerge" not in others:
+            assert weight_bytes(tmp_path / "sweep" / name) == weight_bytes(tmp_path / name)
+        expected = load_merged(tmp_path / name)
+        # Beside a method that takes no adapters, all variants get them expanded.
+        for tensor_name, found in load_merged(tmp_path / "sweep" / name).items():
+            torch.testing.assert_close(found, expected[tensor_name], rtol=1e-4, atol=2e-6)
