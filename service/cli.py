@@ -273,6 +273,19 @@ def serve(
 
 
 @app.command()
+def migrate() -> None:
+    """Bring the job database to the schema of this version; `serve` does so by itself.
+
+    For deployments that do it apart, before new replicas start. Reads the settings of `serve`.
+    """
+    from service.main import migrate as run
+    from service.settings import load_settings
+
+    run(load_settings())
+    print("The job database has the schema of this version.")
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument,
     output: OutputOption,

@@ -103,6 +103,16 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         server.run(sockets=[listener])
 
 
+def migrate(settings: Settings) -> None:
+    """Bring the job database to the schema of this version, as ``serve`` does at its start.
+
+    Raises:
+        MergeError: The database does not answer, or its address is wrong.
+    """
+    configure_logging(as_json=settings.log_json)
+    _open_store(settings).close()
+
+
 def _end(number: int, frame: object) -> NoReturn:
     """Leave in order, as after a whole life, when asked to end while still starting."""
     del number, frame
@@ -131,6 +141,9 @@ def _make_pool(settings: Settings) -> ShardPool:
     options = RayOptions(
         address=settings.ray_address,
         num_cpus=settings.ray_num_cpus,
+        cpus_per_task=settings.task_cpus,
+        gpus_per_task=settings.task_gpus,
+        memory_per_task=settings.task_memory_bytes,
         temp_dir=folder if len(folder) <= _LONGEST_RAY_FOLDER else None,
     )
     return RayPool(options)

@@ -153,6 +153,18 @@ class Settings(BaseSettings):
     ray_num_cpus: int | None = Field(
         default=None, ge=1, description="CPUs of a Ray that is started here; default: all."
     )
+    task_cpus: float = Field(
+        default=1, gt=0, description="Cores that Ray sets aside for a shard being solved."
+    )
+    task_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs likewise, may be a fraction; default: 1 where Ray has any when it is"
+        " joined, else 0. Name it where machines with GPUs come and go.",
+    )
+    task_memory_bytes: int = Field(
+        default=0, ge=0, description="Host memory likewise; 0 sets none aside."
+    )
     local_workers: int = Field(
         default=1, ge=1, description="Threads of the local pool: shards solved at once."
     )

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from service.client import Client
+from service.jobs.sql_store import open_store
 from tests.support.serving import REPOSITORY, environment, served
 
 NEVER_LOADED = ("torch", "ray", "boto3", "transformers")
@@ -189,3 +190,34 @@ def test_a_stopped_service_answers_no_more(tmp_path: Path) -> None:
         assert service.terminate() == 0
         with pytest.raises(httpx.TransportError):
             service.client.get("/healthz")
+
+
+@pytest.mark.slow
+def test_a_replica_that_only_answers_leaves_jobs_to_one_that_drives(tmp_path: Path) -> None:
+    from tests.support.checkpoints import make_family
+
+    family = make_family(tmp_path / "models", num_experts=2)
+    with served(tmp_path, run_jobs=False) as front:
+        names = {check["name"] for check in front.client.get("/readyz").json()["checks"]}
+        assert names == {"database"}
+        with Client(front.url, front.client.headers["authorization"].split()[1]) as client:
+            recipe = {
+                "merge_method": "linear",
+                "models": [{"model": str(expert)} for expert in family.experts],
+            }
+            job_id = client.submit(recipe, str(tmp_path / "merged"))["id"]
+            with served(tmp_path) as driver:
+                events = list(client.events(job_id))
+                assert driver.terminate() == 0
+            assert events[-1]["type"] == "job.finished"
+            assert client.job(job_id)["state"] == "succeeded"
+
+
+@pytest.mark.slow
+def test_the_database_can_be_migrated_apart(tmp_path: Path) -> None:
+    done = run("-m", "service.cli", "migrate", env=environment(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "has the schema of this version" in done.stdout
+    store = open_store(f"sqlite:///{tmp_path}/data/mergeyard.db", migrate=False)
+    store.ping()
+    store.close()
