@@ -222,15 +222,12 @@ def test_mounted_folders_are_the_only_ones_written_to(rendered: list[Manifest]) 
 def test_every_variable_is_a_setting_and_set_once(rendered: list[Manifest]) -> None:
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     of_the_test = {"MERGEYARD_URL", "MERGEYARD_TOKEN", "MERGEYARD_TEST_ROOT"}
-    chosen_by_the_user = {"MERGEYARD_WEBHOOK_KEY"}
     for name, pod in pod_specs(rendered):
         for container in containers(pod):
             names = [entry["name"] for entry in container.get("env", ())]
             assert len(names) == len(set(names)), name
             ours = {variable for variable in names if variable.startswith(ENV_PREFIX)}
-            allowed = (
-                known | chosen_by_the_user | (of_the_test if name.startswith("Pod/") else set())
-            )
+            allowed = known | (of_the_test if name.startswith("Pod/") else set())
             assert ours <= allowed, name
 
 
@@ -332,7 +329,9 @@ def test_a_path_prefix_reaches_proxy_and_service(helm: Helm) -> None:
     found = render(helm, "prefix")
     (path,) = one(found, "Ingress")["spec"]["rules"][0]["http"]["paths"]
     assert path["path"] == "/mergeyard"
-    assert environment(found, "-api", "api")["MERGEYARD_ROOT_PATH"] == "/mergeyard"
+    variables = environment(found, "-api", "api")
+    assert variables["MERGEYARD_ROOT_PATH"] == "/mergeyard"
+    assert variables["MERGEYARD_PUBLIC_URL"] == "http://tools.example.com/mergeyard"
 
 
 def test_an_existing_cluster_is_joined_and_none_is_made(helm: Helm) -> None:
@@ -350,8 +349,8 @@ def test_other_settings_pass_through(helm: Helm) -> None:
         variables = environment(found, ending, container)
         assert variables["MERGEYARD_LEASE_SECONDS"] == "60"
         assert variables["MERGEYARD_BODY_LIMIT_BYTES"] == "2097152"
-        secret = {"secretKeyRef": {"name": "mergeyard-webhooks", "key": "key"}}
-        assert variables["MERGEYARD_WEBHOOK_KEY"] == secret
+        secret = {"secretKeyRef": {"name": "mlflow", "key": "token"}}
+        assert variables["MERGEYARD_MLFLOW_CREDENTIALS"] == secret
 
 
 @pytest.mark.parametrize(("name", "first"), [("trial", "post-install"), ("aws", "pre-install")])
@@ -385,7 +384,7 @@ def metric_names() -> set[str]:
     metrics = Metrics("0")
     metrics.count_request("GET", "/", 200, 0.1)
     metrics.jobs_submitted.labels("linear").inc()
-    text = metrics.render(dict.fromkeys(JobState, 0), 0).decode()
+    text = metrics.render(dict.fromkeys(JobState, 0), 0, 0.0).decode()
     return set(re.findall(r"^(mergeyard_\w+)", text, re.MULTILINE))
 
 

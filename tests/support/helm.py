@@ -41,6 +41,7 @@ class Helm:
     def __init__(self, program: Path, home: Path) -> None:
         self._program = program
         self._environment = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+        self._rendered: dict[tuple[str | Path, ...], str] = {}
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Run it, however it ends."""
@@ -56,9 +57,11 @@ class Helm:
     def template(self, values: Path, *more: str) -> str:
         """The manifests of a release ``rel`` in the namespace ``ns``."""
         command = ("template", "rel", CHART, "--namespace=ns", f"--values={values}", *more)
-        done = self.run(*command)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        if command not in self._rendered:
+            done = self.run(*command)
+            assert done.returncode == 0, done.stderr
+            self._rendered[command] = done.stdout
+        return self._rendered[command]
 
 
 def manifests(text: str) -> list[Manifest]:

@@ -128,6 +128,12 @@ imagePullSecrets:
 {{- end }}
 - name: MERGEYARD_ADMIN_TOKEN
   valueFrom: {secretKeyRef: {name: {{ include "mergeyard.authSecret" . }}, key: admin-token}}
+# Of webhooks; the same in all replicas.
+- name: MERGEYARD_SECRET_KEYS
+  valueFrom: {secretKeyRef: {name: {{ include "mergeyard.authSecret" . }}, key: secret-keys}}
+{{- if and .Values.ingress.enabled .Values.ingress.host (not (hasKey .Values.settings "public_url")) }}
+- {name: MERGEYARD_PUBLIC_URL, value: "{{ ternary "https" "http" (ne "" .Values.ingress.tlsSecret) }}://{{ .Values.ingress.host }}{{ .Values.ingress.path | trimSuffix "/" }}"}
+{{- end }}
 {{ include "mergeyard.databaseEnv" . | trim }}
 {{ include "mergeyard.storageEnv" . | trim }}
 {{- range $name, $value := .Values.settings }}
