@@ -24,6 +24,7 @@ REPORT_NAME = "merge_report.json"
 SWEEP_REPORT_NAME = "sweep_report.json"
 CARD_NAME = "README.md"
 
+_HUB_SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/[\w.-]+/?$")
 _NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
@@ -244,17 +245,26 @@ def _warnings_of_tensors(tensors: Sequence[ProblemFigures]) -> list[str]:
     ]
 
 
+def hub_name(uri: str) -> str | None:
+    """The Hub's name of a model that lies in a cache of the Hub, as in ``org/model``.
+
+    The Hub shows parentage between its own models, and refuses a card that names others there.
+    """
+    match = _HUB_SNAPSHOT.search(uri)
+    return None if match is None else match.group(1).replace("--", "/", 1)
+
+
 def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """The model card: front matter that hubs read, lineage, and the full recipe."""
     method = get_method(plan.method)
-    bases = [item.uri for item in plan.inputs if item.role == "base"]
-    experts = [item.uri for item in plan.inputs if item.role == "expert"]
-    front = {
-        "library_name": "transformers",
-        "base_model": [*bases, *experts],
-        "base_model_relation": "merge",
-        "tags": ["merge", "mergeyard", plan.method],
-    }
+    num_experts = sum(item.role == "expert" for item in plan.inputs)
+    front: dict[str, Any] = {"library_name": "transformers"}
+    if any(name.endswith("ForCausalLM") for name in plan.config.get("architectures") or ()):
+        front["pipeline_tag"] = "text-generation"
+    front["tags"] = ["merge", "mergeyard", plan.method]
+    parents = [name for item in plan.inputs if (name := hub_name(item.uri)) is not None]
+    if parents:
+        front |= {"base_model": parents, "base_model_relation": "merge"}
     lineage = "\n".join(
         f"| {item.role} | `{item.uri}` | `{item.digest[:23]}…` |" for item in plan.inputs
     )
@@ -265,7 +275,7 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
 
 # {name}
 
-A merge of {len(experts)} models by **{method.title}**, made with Mergeyard without further
+A merge of {num_experts} models by **{method.title}**, made with Mergeyard without further
 training.
 
 {method.summary}

@@ -1,16 +1,11 @@
-"""A real MLflow server on SQLite, in an environment of its own: its pins are not ours.
-
-The environment is made once, in ``.cache``, by the first test that needs it (some minutes).
-"""
+"""A real MLflow server on SQLite, in an environment of its own."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import pytest
 
-from tests.support.documents import REPOSITORY
+from tests.support.environments import plain_environment, python_with
 
 VERSION = "3.17.2"
-_ENVIRONMENT = REPOSITORY / ".cache" / f"mlflow-{VERSION}"
-_READY = _ENVIRONMENT / "ready"
 _START_SECONDS = 120
 
 
@@ -51,7 +43,6 @@ class MlflowServer:
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
     """Start a server with its database in ``folder``; skips where MLflow cannot be installed."""
-    _make_environment()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -90,25 +81,9 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _make_environment() -> None:
-    _ENVIRONMENT.parent.mkdir(exist_ok=True)
-    with (_ENVIRONMENT.parent / f"mlflow-{VERSION}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of tests that run at once, one makes it
-        if _READY.exists():
-            return
-        made = [sys.executable, "-m", "venv", "--clear", str(_ENVIRONMENT)]
-        installed = [_python(), "-m", "pip", "install", "--quiet", f"mlflow=={VERSION}"]
-        for command in (made, installed):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"MLflow cannot be installed here: {done.stderr.strip()[-300:]}")
-        _READY.touch()
-
-
 def _python() -> str:
-    return str(_ENVIRONMENT / "bin" / "python")
+    return str(python_with("mlflow", VERSION))
 
 
 def _variables() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return {**kept, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    return plain_environment(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")

@@ -88,7 +88,7 @@ def test_card_and_report_carry_lineage_and_recipe(family, tmp_path):
     ) - sum(header_bytes(path) for path in (family.base, *family.experts))
     assert len(report["tensors"]) == len(family.base_state)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model:\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "merge_method: ties" in card
     assert str(family.experts[1]) in card
 
