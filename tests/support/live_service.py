@@ -21,6 +21,7 @@ from service.runner.settings import RunnerSettings
 from service.server import Server, address_of, bind
 from service.settings import load_settings
 from workers.local_pool import LocalPool
+from workers.shard_task import ENGINE
 
 _PATIENCE_SECONDS = 30
 
@@ -47,10 +48,20 @@ class LiveService:
 
 
 @contextmanager
-def live_service(data_dir: Path, root: Path | str, **runner_settings: Any) -> Iterator[LiveService]:
+def live_service(
+    data_dir: Path,
+    root: Path | str,
+    *,
+    port: int = 0,
+    engine: str = ENGINE,
+    root_path: str = "",
+    **runner_settings: Any,
+) -> Iterator[LiveService]:
     """Serve in threads until the context ends; jobs may read and write below ``root``."""
     roots = (str(root),)
-    settings = load_settings(data_dir=data_dir, storage_roots=roots, pool="local", device="cpu")
+    chosen = load_settings(
+        data_dir=data_dir, storage_roots=roots, pool="local", device="cpu", root_path=root_path
+    )
     quick = RunnerSettings(
         storage_roots=roots,
         device="cpu",
@@ -59,13 +70,13 @@ def live_service(data_dir: Path, root: Path | str, **runner_settings: Any) -> It
     with ExitStack() as stack:
         stack.enter_context(_no_log_lines())
         data_dir.mkdir(parents=True, exist_ok=True)
-        store = open_store(settings.effective_database_url)
+        store = open_store(chosen.effective_database_url)
         stack.callback(store.close)
-        pool = LocalPool()
+        pool = LocalPool(engine=engine)
         stack.callback(pool.close)
         runner = Runner(store, lambda: open_storage(roots), pool, quick)
-        server = Server(create_app(settings, store, storage=open_storage(roots), poll_seconds=0.02))
-        listener = bind("127.0.0.1", 0)
+        server = Server(create_app(chosen, store, storage=open_storage(roots), poll_seconds=0.02))
+        listener = bind("127.0.0.1", port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api")
         _, token = store.create_token("test", [Scope.ADMIN])
         runner.start()
@@ -73,7 +84,7 @@ def live_service(data_dir: Path, root: Path | str, **runner_settings: Any) -> It
         thread.start()
         stack.callback(thread.join, _PATIENCE_SECONDS)
         stack.callback(server.request_stop)
-        yield LiveService(address_of(listener), token, store)
+        yield LiveService(address_of(listener, chosen.root_path), token, store)
     assert not thread.is_alive()
     assert not runner.is_running
 

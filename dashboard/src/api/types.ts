@@ -1,0 +1,312 @@
+/** Objects of the public API, as far as the pages use them. Fields may be added at any time. */
+
+export type JobState =
+  | "queued"
+  | "planning"
+  | "running"
+  | "publishing"
+  | "succeeded"
+  | "failed"
+  | "cancelling"
+  | "cancelled";
+
+export const JOB_STATES: readonly JobState[] = [
+  "queued",
+  "planning",
+  "running",
+  "publishing",
+  "succeeded",
+  "failed",
+  "cancelling",
+  "cancelled",
+];
+
+export interface Page<Item> {
+  data: Item[];
+  next_cursor: string | null;
+  next_url: string | null;
+}
+
+export interface Fault {
+  pointer: string;
+  code: string;
+  detail: string;
+}
+
+/** RFC 9457, as every failed request and every failed job has it. */
+export interface Problem {
+  type?: string;
+  title: string;
+  status: number;
+  detail: string;
+  code: string;
+  retryable: boolean;
+  errors?: Fault[];
+  request_id?: string | null;
+  retry_after_seconds?: number | null;
+  context?: Record<string, unknown>;
+  [member: string]: unknown;
+}
+
+export interface Progress {
+  shards_done: number;
+  shards_total: number;
+  bytes_done: number;
+  bytes_total: number;
+  tensors_done: number;
+  tensors_total: number;
+}
+
+export interface Phase {
+  name: string;
+  started_at: string;
+  finished_at: string | null;
+  message: string;
+}
+
+export interface Input {
+  uri: string;
+  role: "base" | "expert";
+  digest: string;
+}
+
+export interface OutputFile {
+  name: string;
+  size: number;
+  sha256: string;
+}
+
+export interface Output {
+  uri: string;
+  digest: string;
+  bytes: number;
+  files: OutputFile[];
+}
+
+export interface Job {
+  id: string;
+  type: string;
+  state: JobState;
+  is_terminal: boolean;
+  phase: string | null;
+  attempt: number;
+  created_at: string;
+  queued_at: string;
+  started_at: string | null;
+  finished_at: string | null;
+  estimated_finish_at: string | null;
+  progress: Progress;
+  phases: Phase[];
+  recipe_digest: string;
+  plan_digest: string | null;
+  method: string;
+  inputs: Input[];
+  output_uri: string;
+  output: Output | null;
+  error: Problem | null;
+  warnings: string[];
+  labels: Record<string, string>;
+  metadata: Record<string, string>;
+  priority: number;
+  deadline_seconds: number | null;
+  seed: number;
+  initiator: string | null;
+  resubmitted_from: string | null;
+  cancel_requested: "orderly" | "now" | null;
+  url: string;
+  etag: string;
+}
+
+export interface JobDetail extends Job {
+  recipe_source: string | Record<string, unknown>;
+  recipe: Record<string, unknown>;
+  options: Record<string, unknown>;
+}
+
+export interface JobCounts {
+  counts: Record<JobState, number>;
+}
+
+/** What is kept of a published shard; `interference_removed` is in file order. */
+export interface Receipt {
+  size: number;
+  bytes_read: number;
+  peak_buffer_bytes: number;
+  seconds: Record<string, number>;
+  device: string;
+  worker: string;
+  interference_removed?: (number | null)[];
+  [member: string]: unknown;
+}
+
+export interface ShardError {
+  code: string;
+  detail: string;
+  retryable?: boolean;
+  context?: Record<string, unknown>;
+}
+
+export type JobEvent = {
+  seq: number;
+  type: string;
+  time: string;
+  job_id: string;
+  attempt: number;
+  data: Record<string, unknown>;
+};
+
+export interface PlannedTensor {
+  name: string;
+  shard: number;
+  role: string;
+  layer: number;
+  shape: number[];
+  dtype: string;
+  method: string;
+  bytes_read: number;
+  flops: number;
+}
+
+export interface PlanFile {
+  name: string;
+  size: number;
+  tensors: number;
+  bytes_read: number;
+  flops: number;
+}
+
+export interface Estimate {
+  total_seconds: number;
+  slots: number;
+  device: string;
+}
+
+export interface Plan {
+  plan_digest: string;
+  recipe_digest: string;
+  method: string;
+  output_uri: string;
+  shards: number;
+  tensors: number;
+  tensors_by_method: Record<string, number>;
+  bytes_read: number;
+  bytes_written: number;
+  flops: number;
+  max_host_bytes: number;
+  max_device_bytes: number;
+  memory_budget: number;
+  device_memory_budget: number | null;
+  estimate: Estimate | null;
+  files: PlanFile[];
+  companions: string[];
+  warnings: string[];
+  inputs: Input[];
+}
+
+/** `GET /v1/jobs/{id}/plan`. */
+export interface JobPlan extends Plan {
+  layout: PlannedTensor[];
+}
+
+export interface ReportTensor {
+  name: string;
+  shape: number[];
+  dtype: string;
+  role: string;
+  layer: number;
+  method: string;
+  seconds: number;
+  loss_before?: number;
+  loss_after?: number;
+  interference_removed?: number;
+  expert_norms?: number[];
+  update_norm?: number;
+  [figure: string]: unknown;
+}
+
+export interface Report {
+  plan_digest: string;
+  recipe_digest: string;
+  method: string;
+  inputs: Input[];
+  output: Output;
+  bytes_read: number;
+  read_requests: number;
+  totals: {
+    tensors: number;
+    flops: number;
+    layers_solved: number;
+    interference_removed: number | null;
+  };
+  seconds: Record<string, number>;
+  busy_seconds: Record<string, number>;
+  estimate: Record<string, number> | null;
+  peak_buffer_bytes: number;
+  devices: string[];
+  workers: string[];
+  warnings: string[];
+  versions: Record<string, string>;
+  tensors: ReportTensor[];
+}
+
+export interface RecipeValidation {
+  is_valid: boolean;
+  errors: Fault[];
+  warnings: string[];
+  method: string | null;
+  recipe: Record<string, unknown> | null;
+  recipe_digest: string | null;
+}
+
+export interface JsonSchema {
+  type?: string;
+  title?: string;
+  description?: string;
+  default?: unknown;
+  enum?: unknown[];
+  const?: unknown;
+  anyOf?: JsonSchema[];
+  items?: JsonSchema;
+  properties?: Record<string, JsonSchema>;
+  minimum?: number;
+  maximum?: number;
+  exclusiveMinimum?: number;
+  exclusiveMaximum?: number;
+  $ref?: string;
+  $defs?: Record<string, JsonSchema>;
+}
+
+export interface Method {
+  name: string;
+  title: string;
+  summary: string;
+  source: string;
+  needs_base: boolean;
+  min_experts: number;
+  max_experts: number | null;
+  recommended?: boolean;
+  parameters: JsonSchema;
+  expert_parameters: JsonSchema;
+}
+
+export interface Token {
+  id: string;
+  name: string;
+  prefix: string;
+  scopes: string[];
+  created_at: string;
+  expires_at: string | null;
+  revoked_at: string | null;
+  last_used_at: string | null;
+}
+
+export interface NewToken extends Token {
+  secret: string;
+}
+
+export interface Version {
+  version: string;
+  api: string;
+  plan_format: number;
+  packages: Record<string, string>;
+}

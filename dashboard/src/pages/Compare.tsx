@@ -1,0 +1,278 @@
+/** Two or more jobs side by side: what differs in the recipes, in the digests, and in what came out. */
+
+import { useEffect, useMemo, useState } from "preact/hooks";
+
+import { ApiError, get } from "../api/client";
+import type { Job, JobDetail, Page, Problem, Report } from "../api/types";
+import { Plot } from "../charts/Plot";
+import { compareDocuments } from "../lib/compare";
+import { bytes, count, digits, duration, flops, percent, rate, seconds, shortDigest, shortUri } from "../lib/format";
+import { byLayer } from "../lib/report";
+import { useResource } from "../lib/resource";
+import { Link, href, setQuery, usePlace } from "../lib/router";
+import { Card, Loading, ProblemNotice, StateBadge, TableScroll, ViewBar } from "../ui/parts";
+
+const MOST = 6;
+const INKS = ["accent", "cancelling", "publishing", "failed", "succeeded", "queued"];
+
+interface Compared {
+  job: JobDetail;
+  report: Report | null;
+}
+
+export function ComparePage() {
+  const { query } = usePlace();
+  const ids = query.getAll("job").slice(0, MOST);
+  const { items, problem } = useCompared(ids);
+  return (
+    <div class="stack">
+      <div class="row spread">
+        <h1>Compare jobs</h1>
+        <span class="row">
+          {ids.map((id) => (
+            <ViewBar key={id} path={`v1/jobs/${id}`} />
+          ))}
+        </span>
+      </div>
+      <Picker ids={ids} />
+      {problem && <ProblemNotice problem={problem} />}
+      {ids.length < 2 && <p class="empty">Choose two jobs or more.</p>}
+      {ids.length >= 2 && !items && !problem && <Loading what="the jobs" />}
+      {items && ids.length >= 2 && <Comparison items={items} />}
+    </div>
+  );
+}
+
+function useCompared(ids: string[]): { items: Compared[] | null; problem: Problem | null } {
+  const [items, setItems] = useState<Compared[] | null>(null);
+  const [problem, setProblem] = useState<Problem | null>(null);
+  const key = ids.join(" ");
+  useEffect(() => {
+    const abort = new AbortController();
+    setProblem(null);
+    Promise.all(ids.map((id) => readOne(id, abort.signal)))
+      .then(setItems)
+      .catch((error: unknown) => {
+        if (abort.signal.aborted) return;
+        if (!(error instanceof ApiError)) throw error;
+        setItems(null);
+        setProblem(error.problem);
+      });
+    return () => abort.abort();
+  }, [key]);
+  return { items: items?.map((item) => item.job.id).join(" ") === key ? items : null, problem };
+}
+
+async function readOne(id: string, signal: AbortSignal): Promise<Compared> {
+  const job = await get<JobDetail>(`v1/jobs/${id}`, signal);
+  const report = job.state === "succeeded" ? await get<Report>(`v1/jobs/${id}/report`, signal) : null;
+  return { job, report };
+}
+
+function Picker({ ids }: { ids: string[] }) {
+  const recent = useResource<Page<Job>>("v1/jobs?limit=100");
+  const others = (recent.data?.data ?? []).filter((job) => !ids.includes(job.id));
+  return (
+    <div class="row">
+      {ids.map((id) => (
+        <button
+          key={id}
+          type="button"
+          class="chip"
+          onClick={() => setQuery({ job: ids.filter((other) => other !== id) })}
+        >
+          {shortUri(recent.data?.data.find((job) => job.id === id)?.output_uri ?? id)} ×
+          <span class="visually-hidden"> take out of the comparison</span>
+        </button>
+      ))}
+      {ids.length < MOST && (
+        <select
+          class="input picker"
+          aria-label="Add a job"
+          value=""
+          onChange={(event) => setQuery({ job: [...ids, event.currentTarget.value] })}
+        >
+          <option value="">add a job …</option>
+          {others.map((job) => (
+            <option key={job.id} value={job.id}>
+              {shortUri(job.output_uri)}, {job.method}, {job.state}
+            </option>
+          ))}
+        </select>
+      )}
+    </div>
+  );
+}
+
+function Comparison({ items }: { items: Compared[] }) {
+  return (
+    <div class="stack">
+      <FiguresTable items={items} />
+      <LayersCard items={items} />
+      <RecipeTable items={items} />
+    </div>
+  );
+}
+
+type Value = string | null;
+
+interface FigureRow {
+  name: string;
+  values: Value[];
+  /** Say whether the values are the same: of interest for digests. */
+  isDigest?: boolean;
+}
+
+function figureRows(items: Compared[]): FigureRow[] {
+  const each = (value: (item: Compared) => Value): Value[] => items.map(value);
+  const took = ({ job }: Compared) => seconds(job.started_at, job.finished_at, Date.now());
+  const ofReport = (value: (report: Report) => Value) => each(({ report }) => report && value(report));
+  return [
+    { name: "Method", values: each(({ job }) => job.method) },
+    { name: "Output digest", isDigest: true, values: each(({ job }) => job.output?.digest ?? null) },
+    { name: "Recipe digest", isDigest: true, values: each(({ job }) => job.recipe_digest) },
+    { name: "Plan digest", isDigest: true, values: each(({ job }) => job.plan_digest) },
+    {
+      name: "Inputs",
+      isDigest: true,
+      values: each(({ job }) => job.inputs.map((input) => input.digest).join(" ") || null),
+    },
+    { name: "Time", values: each((item) => { const time = took(item); return time === null ? null : duration(time); }) },
+    { name: "Moved", values: each(({ job }) => bytes(job.progress.bytes_done)) },
+    {
+      name: "Mean rate",
+      values: each((item) => { const time = took(item); return time ? rate(item.job.progress.bytes_done / time) : null; }),
+    },
+    { name: "Written", values: ofReport((report) => bytes(report.output.bytes)) },
+    {
+      name: "Interference removed",
+      values: ofReport(({ totals }) =>
+        totals.interference_removed === null ? null : percent(totals.interference_removed, 2),
+      ),
+    },
+    { name: "Tensors solved", values: ofReport(({ totals }) => `${count(totals.layers_solved)} of ${count(totals.tensors)}`) },
+    { name: "Arithmetic", values: ofReport(({ totals }) => flops(totals.flops)) },
+    { name: "Solving, all shards", values: ofReport((report) => duration(report.seconds.solve ?? 0)) },
+    { name: "Peak of buffers", values: ofReport((report) => bytes(report.peak_buffer_bytes)) },
+    { name: "Shards", values: each(({ job }) => count(job.progress.shards_total)) },
+    { name: "Attempts", values: each(({ job }) => count(job.attempt)) },
+  ];
+}
+
+function FiguresTable({ items }: { items: Compared[] }) {
+  return (
+    <TableScroll label="Figures" class="card compare">
+        <thead>
+          <tr>
+            <th>
+              <span class="visually-hidden">Figure</span>
+            </th>
+            {items.map(({ job }) => (
+              <th key={job.id} scope="col">
+                <Link to={href(`jobs/${job.id}`)}>{shortUri(job.output_uri)}</Link>{" "}
+                <StateBadge state={job.state} />
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          {figureRows(items).map(({ name, values, isDigest }) => (
+            <tr key={name}>
+              <th scope="row">
+                {name}
+                {isDigest && values.every((value) => value !== null) && (
+                  <b class={allSame(values) ? "same" : "other"}>{allSame(values) ? " = equal" : " ≠ different"}</b>
+                )}
+              </th>
+              {values.map((value, index) => (
+                <td key={items[index]!.job.id} class={isDigest ? "mono" : "num"} title={value ?? ""}>
+                  {value === null ? "–" : isDigest ? value.split(" ").map(shortDigest).join(" ") : value}
+                </td>
+              ))}
+            </tr>
+          ))}
+        </tbody>
+      </TableScroll>
+  );
+}
+
+function allSame(values: Value[]): boolean {
+  return values.every((value) => value === values[0]);
+}
+
+function LayersCard({ items }: { items: Compared[] }) {
+  const chart = useMemo(() => {
+    const solved = items
+      .map(({ job, report }, index) => ({ job, index, figures: byLayer(report?.tensors ?? []) }))
+      .filter(({ figures }) => figures.left.some((value) => value !== null));
+    const layers = [...new Set(solved.flatMap(({ figures }) => figures.layers))].sort((a, b) => a - b);
+    const lines = solved.map(({ job, index, figures }) => ({
+      label: shortUri(job.output_uri),
+      values: layers.map((layer) => figures.left[figures.layers.indexOf(layer)] ?? null),
+      ink: INKS[index % INKS.length]!,
+      points: true,
+    }));
+    return { layers, lines };
+  }, [items]);
+  if (chart.lines.length === 0) return null;
+  return (
+    <Card title="Interference that is left, by layer" aside="share of the plain sum's; logarithmic">
+      <Plot
+        key={chart.lines.map((line) => line.label).join()}
+        label={`Share of interference left in each of ${chart.layers.length} layers, for ${chart.lines.length} jobs`}
+        x={chart.layers}
+        lines={chart.lines.map((line) => ({ ...line, values: line.values.map((value) => (value && value > 0 ? value : null)) }))}
+        format={(value) => (value >= 0.001 ? percent(value, value < 0.1 ? 1 : 0) : digits(value))}
+        xIs="layer"
+        isLogarithmic
+      />
+    </Card>
+  );
+}
+
+function RecipeTable({ items }: { items: Compared[] }) {
+  const [isAll, setIsAll] = useState(false);
+  const rows = useMemo(() => compareDocuments(items.map(({ job }) => ({ ...job.recipe, options: job.options }))), [items]);
+  const different = rows.filter((row) => !row.isSame);
+  const shown = isAll ? rows : different;
+  return (
+    <Card
+      title={different.length === 0 ? "Recipes and options are the same" : `Recipes and options differ in ${different.length} of ${rows.length} values`}
+      flush
+      aside={
+        <label class="row">
+          <input type="checkbox" checked={isAll} onChange={(event) => setIsAll(event.currentTarget.checked)} />
+          also what is equal
+        </label>
+      }
+    >
+      <TableScroll label="Recipes" class="compare">
+          <thead>
+            <tr>
+              <th scope="col">Where</th>
+              {items.map(({ job }) => (
+                <th key={job.id} scope="col">
+                  {shortUri(job.output_uri)}
+                </th>
+              ))}
+            </tr>
+          </thead>
+          <tbody>
+            {shown.map((row) => (
+              <tr key={row.path}>
+                <th scope="row" class="mono">
+                  {row.path}
+                  {!row.isSame && <span class="visually-hidden"> differs</span>}
+                </th>
+                {row.values.map((value, index) => (
+                  <td key={items[index]!.job.id} class={row.isSame ? "mono muted" : "mono break differs"}>
+                    {value ?? "–"}
+                  </td>
+                ))}
+              </tr>
+            ))}
+          </tbody>
+        </TableScroll>
+    </Card>
+  );
+}

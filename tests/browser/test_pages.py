@@ -1,0 +1,162 @@
+"""Writing recipes, comparing jobs, and what holds for every page, in a real Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.browser.conftest import Yard
+from tests.support.browser import log_in, open_page
+from tests.support.gated_engine import open_gate
+from tests.support.live_service import live_service
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+AXE = Path(__file__).parents[2] / "dashboard" / "node_modules" / "axe-core" / "axe.min.js"
+FIRST_VIEW_BYTES = 100_000
+
+
+def type_recipe(page: Page, text: str) -> None:
+    editor = page.get_by_role("textbox", name="Recipe in YAML")
+    editor.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.press("Delete")  # typed over, Chromium would style the new text as the old
+    page.keyboard.insert_text(text)
+
+
+def test_a_recipe_is_checked_planned_and_submitted(page: Page, yard: Yard) -> None:
+    """Typed wrong first, then mended, then planned; only then can it be sent."""
+    page.goto(f"{yard.service.url}/new")
+    submit = page.get_by_role("button", name="Submit the merge")
+    base, *experts = [str(folder) for folder in (yard.family.base, *yard.family.experts)]
+    models = "".join(f"  - model: {expert}\n" for expert in experts)
+    type_recipe(page, f"merge_method: tiess\nbase_model: {base}\nmodels:\n{models}")
+    faults = page.get_by_test_id("faults")
+    expect(faults).to_contain_text("Did you mean ties")
+    expect(submit).to_be_disabled()
+    type_recipe(page, f"merge_method: ties\nbase_model: {base}\nmodels:\n{models}")
+    expect(faults).to_be_hidden()
+    page.get_by_role("button", name="Form").click()
+    page.get_by_label("density").first.fill("0.4")
+    page.get_by_label("density").first.blur()
+    page.get_by_label("Output", exact=True).fill(str(yard.root / "from-editor"))
+    expect(page.get_by_test_id("plan")).to_contain_text("To read")
+    expect(submit).to_be_enabled()
+    open_gate(yard.root / "from-editor", 99)
+    submit.click()
+    expect(page.get_by_test_id("sentence")).to_contain_text("Merged 2 experts into from-editor")
+    page.get_by_role("link", name="Recipe & lineage").click()
+    expect(page.get_by_text("density: 0.4").first).to_be_visible()
+    page.get_by_role("link", name="Clone").click()
+    expect(page.get_by_label("Output", exact=True)).to_have_value(str(yard.root / "from-editor-2"))
+
+
+def test_what_a_plan_refuses_is_said_before_anything_is_sent(page: Page, yard: Yard) -> None:
+    page.goto(f"{yard.service.url}/new?example=swudi-a")
+    page.get_by_label("Output", exact=True).fill("/somewhere/else")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.get_by_role("button", name="Submit the merge")).to_be_disabled()
+
+
+def test_two_jobs_are_compared_side_by_side(page: Page, yard: Yard) -> None:
+    ids = [yard.submit("plain", "linear"), yard.submit("solved", "swudi_a")]
+    for name in ("plain", "solved"):
+        open_gate(yard.root / name, 99)
+    page.goto(f"{yard.service.url}/jobs")
+    for job_id in ids:
+        expect(page.get_by_role("row", name=re.compile(job_id))).to_contain_text("succeeded")
+        page.get_by_label(f"Compare {job_id}").check()
+    page.get_by_role("button", name="Compare 2 jobs").click()
+    digests = page.get_by_role("row", name=re.compile("Output digest"))
+    expect(digests).to_contain_text("≠ different")
+    method = page.get_by_role("row", name="/merge_method")
+    expect(method).to_contain_text('"linear"')
+    expect(method).to_contain_text('"swudi_a"')
+    expect(page.get_by_role("heading", name="Interference that is left, by layer")).to_be_visible()
+
+
+def views(yard: Yard) -> Iterator[str]:
+    """Every page, with something on it."""
+    job_id = yard.submit("looked-at", options={"max_shard_size": "100kB", "overwrite": True})
+    open_gate(yard.root / "looked-at", 99)
+    with yard.api as api:
+        assert api.get(f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}).text
+    yield from ("jobs", "new", "new?as=form&example=ties", f"compare?job={job_id}&job={job_id}")
+    for tab in ("", "shards", "report", "recipe", "events"):
+        yield f"jobs/{job_id}?tab={tab}"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_any_page(browser: Browser, yard: Yard, theme: str) -> None:
+    with open_page(browser, theme=theme, bypass_csp=True) as page:
+        page.goto(yard.service.url)
+        found = {"login": axe(page)}
+        log_in(page, yard.service.url, yard.service.token)
+        for view in views(yard):
+            page.goto(f"{yard.service.url}/{view}")
+            page.locator("h1").wait_for()
+            page.wait_for_load_state("networkidle") if view.startswith("new") else None
+            found[view] = axe(page)
+    assert {view: faults for view, faults in found.items() if faults} == {}
+
+
+def axe(page: Page) -> list[str]:
+    """Serious and critical findings of axe-core."""
+    page.add_script_tag(path=AXE)
+    result: dict[str, Any] = page.evaluate("axe.run()")
+    return [
+        f"{violation['id']}: {node['html'][:160]}: {node['failureSummary'][-200:]}"
+        for violation in result["violations"]
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]
+
+
+def test_no_page_is_wider_than_a_phone(browser: Browser, yard: Yard) -> None:
+    with open_page(browser, width=390, height=800) as page:
+        log_in(page, yard.service.url, yard.service.token)
+        for view in views(yard):
+            page.goto(f"{yard.service.url}/{view}")
+            page.locator("h1").wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+
+
+def test_the_first_view_is_small_and_nothing_comes_from_elsewhere(
+    browser: Browser, yard: Yard
+) -> None:
+    with open_page(browser) as page:
+        log_in(page, yard.service.url, yard.service.token)
+        seen: list[str] = []
+        page.on("request", lambda request: seen.append(request.url))
+        cdp = page.context.new_cdp_session(page)
+        cdp.send("Network.enable")
+        cdp.send("Network.setCacheDisabled", {"cacheDisabled": True})
+        received: list[int] = []
+        cdp.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
+        page.goto(f"{yard.service.url}/jobs")
+        expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+        page.wait_for_function("performance.getEntriesByType('resource').length >= 4")
+        assert 0 < sum(received) < FIRST_VIEW_BYTES
+        assert [url for url in seen if not url.startswith(yard.service.url)] == []
+
+
+def test_pages_work_under_a_path_prefix(browser: Browser, yard: Yard) -> None:
+    """As behind a proxy that takes the prefix off: here it is left on, which routes know too."""
+    folder = yard.root / "prefixed"
+    folder.mkdir()
+    with (
+        live_service(folder, yard.root, root_path="/tools/merge") as service,
+        open_page(browser) as page,
+    ):
+        log_in(page, f"{service.url}/jobs", service.token)
+        page.get_by_role("link", name="New merge").first.click()
+        expect(page).to_have_url(f"{service.url}/new")
+        page.reload()
+        expect(page.get_by_role("heading", name="New merge")).to_be_visible()
+        page.get_by_role("link", name="Mergeyard").click()
+        expect(page.get_by_text("No job yet.")).to_be_visible()
