@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.auth import Scope
+from service.browser import SESSION_COOKIE
 from service.middleware import PROBES, PUBLIC_PATHS
 from tests.integration.api.test_problems import check_problem, fill
 from tests.support.api import LiveApi
@@ -69,6 +70,38 @@ def test_every_route_admits_a_token_with_just_its_scope(api: LiveApi) -> None:
         body = {} if "requestBody" in operation else None
         response = client.request(method, fill(path), json=body)
         assert response.status_code not in (401, 403), (method, path)
+
+
+@pytest.mark.parametrize("kind", ["expired token", "revoked token", "ended session"])
+def test_every_route_refuses_what_was_valid_once(api: LiveApi, kind: str) -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    expires_at = past if kind == "expired token" else None
+    token, secret = api.store.create_token("once", [Scope.ADMIN], expires_at=expires_at)
+    headers = {"Authorization": f"Bearer {secret}"}
+    if kind == "ended session":
+        _, cookie = api.store.create_session(token.id, timedelta(hours=1))
+        headers = {"Cookie": f"{SESSION_COOKIE}={cookie}", "Sec-Fetch-Site": "same-origin"}
+    if kind != "expired token":
+        api.store.revoke_token(token.id)
+    with api.client(headers) as client:
+        for method, path, _ in api.operations():
+            if path not in PUBLIC_PATHS:
+                check_problem(client.request(method, fill(path)), "unauthenticated")
+
+
+def test_every_route_admits_a_session_as_it_does_its_token(api: LiveApi) -> None:
+    token, _ = api.store.create_token("person", [Scope.JOBS_READ])
+    _, cookie = api.store.create_session(token.id, timedelta(hours=1))
+    headers = {"Cookie": f"{SESSION_COOKIE}={cookie}", "Sec-Fetch-Site": "same-origin"}
+    with api.client(headers) as browser:
+        for method, path, operation in api.operations():
+            if path in (*PUBLIC_PATHS, "/v1/sessions", "/v1/sessions/current"):
+                continue
+            body = {} if "requestBody" in operation else None
+            status = browser.request(method, fill(path), json=body).status_code
+            is_allowed = operation.get("x-required-scope") in (None, Scope.JOBS_READ)
+            assert (status == 403) != is_allowed, (method, path)
+            assert status != 401
 
 
 def test_any_token_may_read_the_openapi_document(api: LiveApi) -> None:
