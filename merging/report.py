@@ -16,8 +16,8 @@ import yaml
 
 from merging.method import get_method
 from merging.plan.plan import Plan, Problem
-from merging.plan.tensors import shorten_list
 from merging.plan.timing import shard_seconds
+from merging.plan.wording import shorten_list
 from merging.receipts import ProblemFigures, Receipt
 
 REPORT_NAME = "merge_report.json"

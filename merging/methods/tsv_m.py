@@ -75,6 +75,10 @@ register(
         separable="whole",
         streaming=True,
         takes_adapters=True,
+        adapter_note=(
+            "TSV-M uses singular directions beyond the rank of adapters, known by rounding only"
+            " and disturbing the others; swudi_a uses none."
+        ),
         default_touch="linear",
         default_rest="mean",
         staged=RULE.staged(),

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from merging.checkpoint.adapter import AdapterIndex
-from merging.checkpoint.documents import shorten_all
+from merging.checkpoint.adapter import WEIGHTS_NAME, AdapterIndex
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import is_float
 from merging.errors import Fault
+from merging.plan.renaming import match_names
+from merging.plan.wording import shorten_list
 from merging.roles import describe_tensor
 
 _WRAPPER = "base_model.model."
@@ -24,6 +25,7 @@ _WRAPPER = "base_model.model."
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 _SAVED = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
+_COPY = ".modules_to_save."
 _ORIGINAL = ".original_module."
 """In names of the base's tensors beside those that replace them; saved now and then, and unused."""
 
@@ -42,17 +44,22 @@ class AdaptedTensor:
 
     Attributes:
         replacement: Stands for the base's tensor.
+        module: The layer's name in the adapter, if it has an update.
         factors: lora_A and lora_B of an update that is added.
-        rank: Of the update; 0 if there is none.
         scaling: On the product of the factors.
         flipped: The product is that of the transposed tensor.
     """
 
     replacement: TensorEntry | None = None
+    module: str = ""
     factors: tuple[TensorEntry, ...] = ()
-    rank: int = 0
     scaling: float = 1.0
     flipped: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the update; 0 if there is none."""
+        return self.factors[0].shape[0] if self.factors else 0
 
 
 @dataclass(slots=True)
@@ -73,226 +80,185 @@ def fit_adapter(
         base: The model that it is put on.
         pointer: Into the recipe, for faults.
     """
-    return _Fitting(adapter, base, pointer).run()
+    fitting = _Fitting(adapter, base, pointer)
+    return fitting.run(), fitting.faults
 
 
 class _Fitting:
     """One call of :func:`fit_adapter`."""
 
     def __init__(self, adapter: AdapterIndex, base: CheckpointIndex, pointer: str) -> None:
+        self.faults: list[Fault] = []
         self._adapter = adapter
         self._base = base
         self._pointer = pointer
-        self._faults: list[Fault] = []
         self._modules: dict[str, _Module] = {}
         self._replacements: dict[str, TensorEntry] = {}
+        self._twice: list[str] = []
 
-    def run(self) -> tuple[dict[str, AdaptedTensor], list[Fault]]:
+    def run(self) -> dict[str, AdaptedTensor]:
         self._sort()
-        weights = [f"{module}.weight" for module in self._modules]
-        rename = match_names(weights, self._base.tensors)
+        rename = match_names([f"{name}.weight" for name in self._modules], self._base.tensors)
         found: dict[str, AdaptedTensor] = {}
-        self._refuse_missing([n for n in weights if rename(n) not in self._base.tensors])
-        self._refuse_missing([n for n in self._replacements if self._place(n, rename) is None])
+        missing: list[str] = []
         for name, entry in self._replacements.items():
-            place = self._place(name, rename)
-            if place and self._replaces(entry, self._base.tensors[place]):
-                found[place] = AdaptedTensor(replacement=entry)
+            if target := self._target(name, rename):
+                found[target.name] = AdaptedTensor(replacement=entry)
+            else:
+                missing.append(name)
         for name, module in self._modules.items():
-            target = self._base.tensors.get(rename(f"{name}.weight"))
-            if target is not None:
-                updated = self._update(name, module, target)
-                if updated is not None:
-                    before = found.get(target.name, AdaptedTensor())
-                    found[target.name] = _replace_before(updated, before)
-        if not (found or self._faults):
-            self._refuse("missing_tensor", f"The adapter {self._adapter.uri} holds no tensors.")
-        self._check_layout(found)
-        return found, self._faults
+            if target := self._target(f"{name}.weight", rename):
+                before = found.get(target.name, AdaptedTensor())
+                if before.factors:
+                    self._twice.append(name)
+                elif len(module.factors) == 2:
+                    found[target.name] = self._update(name, module, target, before.replacement)
+            else:
+                missing.append(f"{name}.weight")
+        self._refuse_missing(missing)
+        self._refuse(
+            "missing_tensor",
+            [name for name, module in self._modules.items() if len(module.factors) < 2],
+            "has only one of the two factors of",
+            "Finish its download, or save it again",
+        )
+        self._refuse(
+            "index_inconsistent",
+            self._twice,
+            "says more than once what becomes of",
+            "Save it again, with one name for each tensor",
+        )
+        if not self._adapter.tensors:
+            self._refuse("missing_tensor", [WEIGHTS_NAME], "holds nothing in", "Save it again")
+        self._check_shapes(found)
+        return found
 
-    def _refuse(self, code: str, detail: str) -> None:
-        self._faults.append(Fault(self._pointer, code, detail))
+    def _refuse(self, code: str, items: list[str], what: str, advice: str) -> None:
+        """Add a fault, unless there are no items."""
+        if items:
+            detail = f"The adapter {self._adapter.uri} {what}: {shorten_list(items)}. {advice}."
+            self.faults.append(Fault(self._pointer, code, detail))
 
     def _sort(self) -> None:
-        """Tell factors from tensors that replace others."""
+        """Tell factors from tensors that replace others, and from what is not known."""
         foreign: dict[str, list[str]] = defaultdict(list)
         for name, entry in self._adapter.tensors.items():
             own = name.removeprefix(_WRAPPER)
             if match := _FACTOR.fullmatch(own):
                 module = self._modules.setdefault(match[1], _Module({}))
-                module.factors[match[2] or match[3]] = entry
+                self._take(module.factors, match[2] or match[3], entry)
                 module.is_embedding = match[3] is not None
             elif reasons := [reason for part, reason in _FOREIGN if part in own]:
                 foreign[reasons[0]].append(name)
             elif _ORIGINAL not in own:
-                self._replacements[_SAVED.sub("", own)] = entry
+                self._take_replacement(_SAVED.sub("", own), entry)
         for reason, names in foreign.items():
             self._refuse(
                 "adapter_unsupported",
-                f"{len(names)} tensors of the adapter {self._adapter.uri} {reason}:"
-                f" {shorten_all(names)}. Merge it into its base model with peft's"
-                " merge_and_unload(), save that, and name the new folder.",
+                names,
+                f"has tensors that {reason}",
+                "Merge it with peft's merge_and_unload() and name the new folder",
             )
 
-    def _place(self, name: str, rename: Callable[[str], str]) -> str | None:
-        """The base's tensor that one of that name replaces."""
-        return next((n for n in (rename(name), name) if n in self._base.tensors), None)
+    def _take(self, entries: dict[str, TensorEntry], key: str, entry: TensorEntry) -> None:
+        if entries.setdefault(key, entry) is not entry:
+            self._twice.append(entry.name)
+
+    def _take_replacement(self, key: str, entry: TensorEntry) -> None:
+        """With ``bias: all``, peft writes biases of saved modules under a second name as well."""
+        if _COPY in entry.name:
+            self._replacements.setdefault(key, entry)
+            return
+        if key in self._replacements and _COPY in self._replacements[key].name:
+            del self._replacements[key]
+        self._take(self._replacements, key, entry)
+
+    def _target(self, name: str, rename: Callable[[str], str]) -> TensorEntry | None:
+        """The base's tensor of that name."""
+        tensors = self._base.tensors
+        return tensors.get(rename(name)) or tensors.get(name)
+
+    def _update(
+        self, name: str, module: _Module, target: TensorEntry, replacement: TensorEntry | None
+    ) -> AdaptedTensor:
+        factors = (module.factors["A"], module.factors["B"])
+        role = describe_tensor(target.name, target.shape, self._base.config)
+        rank = max(1, math.prod(factors[0].shape[:1]))
+        scaling = self._adapter.config.scaling_of(name, rank)
+        flipped = module.is_embedding or role.transposed
+        return AdaptedTensor(replacement, name, factors, scaling, flipped)
 
     def _refuse_missing(self, names: list[str]) -> None:
-        if not names:
-            return
-        trained_on = self._adapter.config.base_name
-        said = f" (its config names {trained_on!r})" if trained_on else ""
-        tied = (
-            " The base ties its head to the embedding and stores none: an adapter of the head"
-            " cannot be kept apart from the embedding."
-            if any(name.endswith("lm_head.weight") for name in names)
-            else ""
-        )
+        tied = ""
+        if any(name.endswith("lm_head.weight") for name in names):
+            tied = "A head that is tied to the embedding cannot be changed by itself. "
         self._refuse(
             "missing_tensor",
-            f"The adapter {self._adapter.uri} adapts {len(names)} tensors that {self._base.uri}"
-            f" does not have: {shorten_all(names)}.{tied} Name the model that it was trained on"
-            f"{said}.",
+            names,
+            f"is for {len(names)} tensors that {self._base.uri} does not have",
+            tied + self._advice,
         )
 
-    def _replaces(self, entry: TensorEntry, target: TensorEntry) -> bool:
-        if entry.shape == target.shape and is_float(entry.dtype) and is_float(target.dtype):
-            return True
+    @property
+    def _advice(self) -> str:
+        trained_on = self._adapter.config.base_name
+        said = f" (its config names {trained_on!r})" if trained_on else ""
+        return f"Name the model that it was trained on{said}"
+
+    def _check_shapes(self, found: Mapping[str, AdaptedTensor]) -> None:
+        """Refuse what does not fit the base's tensors, or the config."""
+        shapes, ranks, layouts = [], [], []
+        config = self._adapter.config
+        for name, adapted in found.items():
+            target = self._base.tensors[name]
+            if misfit := _misfit(target, adapted):
+                shapes.append(misfit)
+            elif adapted.rank and adapted.rank != config.rank_of(adapted.module):
+                ranks.append(f"{adapted.module} has {adapted.rank}")
+            elif adapted.rank and not adapted.flipped:
+                layouts.append(name)
+        self._refuse("shape_mismatch", shapes, f"does not fit {self._base.uri}", self._advice)
         self._refuse(
-            "shape_mismatch",
-            f"{entry.name} of the adapter {self._adapter.uri} is {entry.dtype}"
-            f" {list(entry.shape)}; {target.name} of {self._base.uri}, which it replaces, is"
-            f" {target.dtype} {list(target.shape)}. Models must agree in vocabulary and classes.",
+            "config_invalid",
+            ranks,
+            "has factors of other ranks than its adapter_config.json says",
+            "The two files do not belong together; save it again",
         )
-        return False
-
-    def _update(self, name: str, module: _Module, target: TensorEntry) -> AdaptedTensor | None:
-        uri, config = self._adapter.uri, self._adapter.config
-        if len(module.factors) < 2:
-            there = next(iter(module.factors))
-            self._refuse(
-                "missing_tensor",
-                f"The adapter {uri} has lora_{there} of {name} without its other factor. Finish its"
-                " download, or save it again.",
-            )
-            return None
-        first, second = module.factors["A"], module.factors["B"]
-        role = describe_tensor(target.name, target.shape, self._base.config)
-        flipped = module.is_embedding or role.transposed
-        rank = first.shape[0] if first.shape else 0
-        if not (
-            _fits(first, second, target, flipped=flipped) and _all_float(first, second, target)
-        ):
-            rows, columns = target.shape[:1], target.shape[1:]
-            if flipped:
-                rows, columns = columns, rows
-            self._refuse(
-                "shape_mismatch",
-                f"The adapter {uri} has factors {first.dtype} {list(first.shape)} and"
-                f" {second.dtype} {list(second.shape)} of {name}; {target.name} of"
-                f" {self._base.uri}, {target.dtype} {list(target.shape)}, needs floats"
-                f" {['r', *columns]} and {[*rows, 'r']}. Name the model that it was trained on.",
-            )
-            return None
-        if rank != config.rank_of(name):
+        if config.fan_in_fan_out and not any(adapted.flipped for adapted in found.values()):
             self._refuse(
                 "config_invalid",
-                f"{uri}/adapter_config.json gives {name} rank {config.rank_of(name)}, but its"
-                f" factors have rank {rank}: the two files do not belong together. Save the adapter"
-                " again.",
-            )
-            return None
-        scaling = config.scaling_of(name, rank)
-        return AdaptedTensor(None, (first, second), rank, scaling, flipped)
-
-    def _check_layout(self, found: Mapping[str, AdaptedTensor]) -> None:
-        """A config that says in×out for a model that stores out×in is that of another model."""
-        updated = [n for n, a in found.items() if a.rank]
-        if (
-            self._adapter.config.fan_in_fan_out
-            and updated
-            and not any(found[name].flipped for name in updated)
-        ):
-            self._refuse(
-                "config_invalid",
-                f"{self._adapter.uri}/adapter_config.json says that layers are stored in×out"
-                f" (fan_in_fan_out), but those of {self._base.uri} are not, such as {updated[0]}."
-                " Name the model that it was trained on.",
+                layouts,
+                "is of layers stored in×out (fan_in_fan_out in its adapter_config.json), but those"
+                f" of {self._base.uri} are not",
+                self._advice,
             )
 
 
-def _replace_before(updated: AdaptedTensor, before: AdaptedTensor) -> AdaptedTensor:
-    """An update of a tensor that is replaced as well."""
-    return AdaptedTensor(
-        before.replacement, updated.factors, updated.rank, updated.scaling, updated.flipped
-    )
-
-
-def _all_float(*entries: TensorEntry) -> bool:
-    return all(is_float(entry.dtype) for entry in entries)
-
-
-def _fits(first: TensorEntry, second: TensorEntry, target: TensorEntry, *, flipped: bool) -> bool:
-    """Whether the product of two factors has the shape of a tensor (convolutions unrolled)."""
-    if len(target.shape) < 2 or len(first.shape) < 2 or len(second.shape) < 2 or not first.shape[0]:
-        return False
-    rank = first.shape[0]
-    if flipped:
-        return first.shape == (rank, target.shape[0]) and second.shape == (target.shape[1], rank)
-    is_flat = math.prod(second.shape[2:]) == 1
+def _misfit(target: TensorEntry, adapted: AdaptedTensor) -> str | None:
+    """What of an adapter does not fit a tensor; None if all does."""
+    new = adapted.replacement
+    if not is_float(target.dtype):
+        return f"{target.name} is {target.dtype}, which cannot be adapted"
+    if new is not None and not (new.shape == target.shape and is_float(new.dtype)):
+        return f"{new.name} {new.dtype} {list(new.shape)} instead of {list(target.shape)}"
+    if not adapted.factors:
+        return None
+    first, second = adapted.factors
+    if is_float(first.dtype) and is_float(second.dtype) and _multiply(target, adapted):
+        return None
     return (
-        is_flat
-        and first.shape[1:] == target.shape[1:]
-        and second.shape[:2]
-        == (
-            target.shape[0],
-            rank,
-        )
+        f"lora_A {first.dtype} {list(first.shape)} and lora_B {second.dtype} {list(second.shape)}"
+        f" for {target.name} {list(target.shape)}"
     )
 
 
-def match_names(names: Sequence[str], known: Mapping[str, object]) -> Callable[[str], str]:
-    """How names in an adapter become those of a checkpoint that puts other parts in front.
-
-    A checkpoint of a bare model lacks the prefix that the model with a head has (``transformer.``),
-    or the other way around; nested models were renamed over the years. One prefix becomes another
-    if all names with it then exist, and none did before.
-    """
-    missing = [name for name in names if name not in known]
-    if not missing:
-        return lambda name: name
-    endings: dict[str, list[str]] = defaultdict(list)
-    for name in known:
-        parts = name.split(".")
-        for cut in range(len(parts) - 1):
-            endings[".".join(parts[cut:])].append(name)
-    prefixes: dict[str, str] = {}
-    while missing:
-        old, new = _prefix_pair(missing[0], endings) or (missing[0], "")
-        moved = [name for name in names if name.startswith(old)]
-        missing = [name for name in missing if not name.startswith(old)]
-        if all(name not in known and new + name[len(old) :] in known for name in moved):
-            prefixes[old] = new
-
-    def rename(name: str) -> str:
-        if name in known:
-            return name
-        for old, new in prefixes.items():
-            if name.startswith(old) and new + name[len(old) :] in known:
-                return new + name[len(old) :]
-        return name
-
-    return rename
-
-
-def _prefix_pair(name: str, endings: Mapping[str, list[str]]) -> tuple[str, str] | None:
-    """The prefix of a name and that of the only known name with the same longest ending."""
-    parts = name.split(".")
-    for cut in range(len(parts) - 1):
-        ending = ".".join(parts[cut:])
-        if found := endings.get(ending):
-            if len(found) > 1:
-                return None
-            return name[: len(name) - len(ending)], found[0][: len(found[0]) - len(ending)]
-    return None
+def _multiply(target: TensorEntry, adapted: AdaptedTensor) -> bool:
+    """Whether the product of the factors has the shape of the tensor (convolutions unrolled)."""
+    first, second = (factor.shape for factor in adapted.factors)
+    if min(map(len, (first, second, target.shape))) < 2 or not adapted.rank:
+        return False
+    rows, *columns = target.shape
+    if adapted.flipped:
+        return (*first, *second) == (adapted.rank, rows, *columns, adapted.rank)
+    is_flat = math.prod(second[2:]) == 1
+    return is_flat and second[:2] == (rows, adapted.rank) and first[1:] == tuple(columns)

@@ -115,6 +115,7 @@ class Load:
         factor_bytes: Stored bytes of each factor of the experts' adapters.
         ranks: Of the experts' adapters, 0 for an expert without; empty if each expert is one stored
             tensor.
+        num_made: How many experts are not.
     """
 
     shape: tuple[int, ...]
@@ -126,6 +127,7 @@ class Load:
     result_entries: int | None = None
     factor_bytes: Sequence[int] = ()
     ranks: tuple[int, ...] = ()
+    num_made: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -155,6 +157,7 @@ def problem_load(problem: Problem) -> Load:
         result_entries=problem.num_entries if problem.source_shape else None,
         factor_bytes=tuple(s.num_bytes for place, s in sources if place in factors),
         ranks=tuple(part.rank for part in problem.parts),
+        num_made=problem.num_made,
     )
 
 
@@ -245,7 +248,7 @@ def _cost(
         flops += expansion_flops(entries, load.ranks)
     inputs = load.base_bytes + sum(load.expert_bytes)
     if is_tiled(steps):
-        expanded = inputs + _FLOAT32_BYTES * entries * load.num_adapters
+        expanded = inputs + _FLOAT32_BYTES * entries * load.num_made
         tile = min(entries, tile_entries(entries, expanded, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merging.errors import Fault, PlanError
 from merging.plan.cost import Budgets
 from merging.plan.plan import Problem, Setting
-from merging.plan.tensors import SHOWN
+from merging.plan.wording import SHOWN
 
 
 @dataclass(frozen=True, slots=True)

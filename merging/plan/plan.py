@@ -180,12 +180,17 @@ class Problem(msgspec.Struct, frozen=True):
         return tuple(part.rank for part in self.parts)
 
     @property
+    def num_made(self) -> int:
+        """How many of the experts are not simply one stored tensor."""
+        return sum(part != Parts() for part in self.parts)
+
+    @property
     def expanded_bytes(self) -> int:
-        """Bytes of all its inputs, where an expert with an adapter is a float32 tensor beside."""
+        """Bytes of all tensors that go in; those that are made are float32."""
         factors = self.factor_positions
         stored = [s.num_bytes for n, s in enumerate(self.sources) if n not in factors]
         entries = math.prod(self.input_shape)
-        return sum(stored) + 4 * entries * sum(part.rank > 0 for part in self.parts)
+        return sum(stored) + 4 * entries * self.num_made
 
     @property
     def bytes_read(self) -> int:

@@ -40,9 +40,10 @@ from merging.plan.plan import (
 )
 from merging.plan.problems import ProblemBuilder
 from merging.plan.staging import Staging
-from merging.plan.tensors import check_tensors, shorten_list, unmatched_filters
+from merging.plan.tensors import check_tensors, unmatched_filters
 from merging.plan.variants import describe_variants
 from merging.plan.warnings import warn_of_inputs, warn_of_problems
+from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
 from merging.storage.base import Storage
 

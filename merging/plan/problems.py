@@ -24,7 +24,6 @@ from merging.plan.cost import (
 )
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.plan import Parts, Problem, Source, SourceFile
-from merging.plan.tensors import shorten_list
 from merging.plan.variants import (
     Layout,
     PlannedVariant,
@@ -32,6 +31,7 @@ from merging.plan.variants import (
     planned_variants,
     shared_layout,
 )
+from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
 from merging.roles import Role, TouchFilter, describe_tensor, touch_filter
 from merging.selectors import layer_position

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from merging.errors import Fault
 from merging.method import MergeMethod, Parameters, get_method
 from merging.plan.plan import COPY, Setting
-from merging.plan.tensors import SHOWN
+from merging.plan.wording import SHOWN
 from merging.recipe import Recipe
 from merging.recipe.parameters import parameter_rules
 from merging.recipe.parse import recipe_error

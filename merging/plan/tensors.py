@@ -9,9 +9,7 @@ from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import is_float
 from merging.errors import CheckpointError, Fault
 from merging.plan.inputs import Expert, Inputs
-
-SHOWN = 10
-"""How many of many similar faults are spelled out."""
+from merging.plan.wording import shorten_list
 
 
 def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
@@ -42,13 +40,6 @@ def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
         )
     _compare_configs(inputs, warnings)
     return [entry for name, entry in donor.tensors.items() if name not in dropped]
-
-
-def shorten_list(items: Sequence[str]) -> str:
-    """The first ten items, and how many there are beside them."""
-    shown = ", ".join(items[:SHOWN])
-    rest = len(items) - SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def _compare(

@@ -12,7 +12,7 @@ from merging.errors import Fault
 from merging.method import MergeMethod, Parameters, get_method
 from merging.plan.plan import COPY, Setting, Variant
 from merging.plan.settings import SettingTable
-from merging.plan.tensors import SHOWN, shorten_list
+from merging.plan.wording import SHOWN, shorten_list
 from merging.recipe import Recipe
 from merging.recipe.parse import recipe_error
 

@@ -12,7 +12,7 @@ from merging.plan.cost import takes_matrices
 from merging.plan.inputs import Inputs
 from merging.plan.packing import data_bytes
 from merging.plan.plan import Input, Problem, Setting
-from merging.plan.tensors import shorten_list
+from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.adapters import factors, write_adapter
 from tests.support.checkpoints import INDEX_NAME, make_family, raw_file, write_checkpoint
 
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -43,6 +45,12 @@ class Home:
         tensors = load_file(self.expert / WEIGHTS)
         change(tensors)
         save_file(tensors, self.expert / WEIGHTS, metadata={"format": "pt"})
+
+    def change_adapter(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        """Change the tensors of the second expert, which is an adapter."""
+        tensors = load_file(self.expert / ADAPTER)
+        change(tensors)
+        save_file(tensors, self.expert / ADAPTER)
 
     def forge(self, data: bytes = b"", *, length: int | None = None, **entries: Any) -> None:
         """Replace the second expert's weights by a file with this header."""
@@ -76,6 +84,40 @@ class Case:
 
 def _set(**values: Any) -> Callable[[Home], None]:
     return lambda home: home.recipe.update(values)
+
+
+def _write_factors(home: Home, columns: int = 32, module: str = "") -> None:
+    """Give the second expert, which is an adapter, the factors of one module."""
+    generator = torch.Generator().manual_seed(0)
+    made = factors(module or QUERY.removesuffix(".weight"), 32, columns, 4, generator)
+    save_file(made, home.expert / ADAPTER)
+
+
+def _adapter(
+    spoil: Callable[[Home], object] = lambda _: None, **config: Any
+) -> Callable[[Home], None]:
+    """Make the second expert an adapter, and spoil that."""
+
+    def make(home: Home) -> None:
+        shutil.rmtree(home.expert)
+        write_adapter(home.expert, {}, **config)
+        _write_factors(home)
+        spoil(home)
+
+    return make
+
+
+def _to_pickled_adapter(home: Home) -> None:
+    (home.expert / ADAPTER).rename(home.expert / "adapter_model.bin")
+
+
+def _put_on_another(home: Home) -> None:
+    home.recipe["models"] = [{"model": f"{home.folder}/expert-0+{home.expert}"}]
+
+
+def _to_linear(home: Home) -> None:
+    home.recipe["merge_method"] = "linear"
+    del home.recipe["base_model"]
 
 
 def _misspell_keys(home: Home) -> None:
@@ -238,6 +280,78 @@ CASES = {
         _to_pickle,
         ("{home}/expert-1", "pytorch_model.bin", "can run code", "safe_serialization=True"),
         "unsafe_format",
+    ),
+    "pickled adapter": Case(
+        _adapter(_to_pickled_adapter),
+        ("{home}/expert-1", "adapter_model.bin", "can run code", "weights_only=True"),
+        "unsafe_format",
+    ),
+    "adapter that is none of a sum": Case(
+        _adapter(use_dora=True, lora_bias=True),
+        ("{home}/expert-1/adapter_config.json", "DoRA", "lora_bias", "merge_and_unload()"),
+        "adapter_unsupported",
+    ),
+    "adapter of another kind": Case(
+        _adapter(peft_type="IA3"),
+        ("{home}/expert-1/adapter_config.json", "of type 'IA3'", "only LORA"),
+        "adapter_unsupported",
+    ),
+    "adapter with an option that is not known": Case(
+        _adapter(use_tensor_trains=True),
+        ("not known here: ['use_tensor_trains']",),
+        "adapter_unsupported",
+    ),
+    "adapter begun by changing the base": Case(
+        _adapter(init_lora_weights="pissa"),
+        ("init_lora_weights 'pissa'", "path_initial_model_for_weight_conversion"),
+        "adapter_unsupported",
+    ),
+    "adapter of another model": Case(
+        _adapter(lambda home: _write_factors(home, columns=48)),
+        (
+            "{home}/expert-1",
+            f"lora_A F32 [4, 48] and lora_B F32 [32, 4] for {QUERY} [32, 32]",
+            "Name the model that it was trained on (its config names 'models/base')",
+        ),
+        "shape_mismatch",
+    ),
+    "adapter of layers that are not there": Case(
+        _adapter(lambda home: _write_factors(home, module="model.layers.9.self_attn.q_proj")),
+        (
+            "The adapter {home}/expert-1 is for 1 tensors that {home}/base does not have",
+            "model.layers.9.self_attn.q_proj.weight",
+        ),
+        "missing_tensor",
+    ),
+    "adapter with half of its factors": Case(
+        _adapter(lambda home: home.change_adapter(lambda tensors: tensors.popitem())),
+        ("{home}/expert-1 has only one of the two factors of: model.layers.0.self_attn.q_proj",),
+        "missing_tensor",
+    ),
+    "adapter whose config is another's": Case(
+        _adapter(r=16),
+        ("other ranks than its adapter_config.json says: model.layers.0.self_attn.q_proj has 4",),
+        "config_invalid",
+    ),
+    "adapter with a costly pattern": Case(
+        _adapter(rank_pattern={"(a+)+q": 4}),
+        ("'(a+)+q' under rank_pattern", "Write out the names"),
+        "config_invalid",
+    ),
+    "adapter without a model": Case(
+        _adapter(_to_linear),
+        ("{home}/expert-1 is an adapter", "'model+adapter'"),
+        "incompatible_options",
+    ),
+    "adapter beside a whole model": Case(
+        _adapter(lambda home: shutil.copy(home.base / WEIGHTS, home.expert)),
+        ("{home}/expert-1 holds an adapter and a whole model", "a folder of its own"),
+        "index_inconsistent",
+    ),
+    "whole model for an adapter": Case(
+        _put_on_another,
+        ("{home}/expert-1, behind the '+', is a whole model",),
+        "incompatible_options",
     ),
     "quantised": Case(
         _to_quantised,

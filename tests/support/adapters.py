@@ -115,7 +115,7 @@ def make_adapters(
 ) -> AdapterFamily:
     """Write a tiny Llama and adapters of some of its layers, each of a rank.
 
-    The first adapter leaves the last layer alone; alpha is 8.
+    The first adapter leaves the last of several layers alone; alpha is 8.
 
     Args:
         folder: Where ``base``, ``adapter-0`` … and ``whole-0`` … go.
@@ -136,7 +136,7 @@ def make_adapters(
         update = {}
         for name, tensor in state.items():
             module = name.removesuffix(".weight")
-            skipped = number == 0 and f"layers.{layers - 1}." in name
+            skipped = number == 0 and layers > 1 and f"layers.{layers - 1}." in name
             if module.split(".")[-1] in MODULES and not skipped:
                 made = factors(module, *tensor.shape, rank, generator)
                 made = {key: value.to(factor_dtype) for key, value in made.items()}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from merging.errors import Fault, RecipeError
 from merging.method import all_methods
 from merging.recipe import parse_recipe, validate_recipe
+from merging.recipe.addresses import split_adapter
 from merging.selectors import Conditions, Gradient
 
 TIES = """
@@ -525,3 +526,28 @@ def test_any_json_is_a_recipe_or_a_recipe_error(document: str) -> None:
 @given(near_recipes)
 def test_anything_that_looks_like_a_recipe_is_one_or_a_recipe_error(document: Any) -> None:
     check_total(document)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("base", ("base", None)),
+        ("models/base+adapters/x", ("models/base", "adapters/x")),
+        ("./base+s3://bucket/x", ("./base", "s3://bucket/x")),
+        ("s3://bucket/base+s3://bucket/x", ("s3://bucket/base", "s3://bucket/x")),
+        ("s3://bucket/base+/data/x", ("s3://bucket/base", "/data/x")),
+        ("s3://bucket/a+b", ("s3://bucket/a+b", None)),
+        ("file:///models/a+b+file:///adapters/c+d", ("file:///models/a+b", "file:///adapters/c+d")),
+    ],
+)
+def test_a_plus_stands_between_a_model_and_an_adapter(
+    address: str, parts: tuple[str, str | None]
+) -> None:
+    assert split_adapter(address) == parts
+
+
+def test_a_base_model_carries_no_adapter() -> None:
+    document = {
+        "merge_method": "ties", "base_model": "base+lora", "models": [{"model": "a"}],
+    }  # fmt: skip
+    expect(document, "/base_model", "incompatible_options", "merge the adapter into it first")
