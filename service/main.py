@@ -19,6 +19,7 @@ from service.api.deps import ReadinessCheck, Services
 from service.app import create_app
 from service.auth import LOGIN_CODE_LIFETIME, prepare_first_token
 from service.forecast import Forecast
+from service.integrations.telling import Teller
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.logs import configure_logging
 from service.runner.collector import Collector
@@ -188,7 +189,7 @@ def _make_sender(services: Services) -> Sender:
         services.store,
         Caller(services.guard),
         services.keys,
-        integrations=services.integrations,
+        tell_integration=Teller(services.integrations, services.store.get).tell,
         public_url=services.settings.public_url.rstrip("/"),
         clock=services.clock,
         on_attempt=lambda outcome: deliveries.labels(outcome).inc(),

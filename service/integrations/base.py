@@ -39,7 +39,6 @@ class JobAnnouncement:
         type: What happened.
         occurred_at: When.
         job: The job as it is now.
-        report: The merge report, of a job that has succeeded.
         options: What the job says to the integration: its ``options`` model, dumped.
     """
 
@@ -47,7 +46,6 @@ class JobAnnouncement:
     type: Announcement
     occurred_at: datetime
     job: JobRecord
-    report: dict[str, Any] | None
     options: dict[str, Any]
 
 

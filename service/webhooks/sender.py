@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import structlog
 
 from merging.errors import MergeError
-from service.integrations.base import Integration, IntegrationError, JobAnnouncement
 from service.jobs.errors import StoreUnavailableError
 from service.jobs.outbox import (
     AttemptOutcome,
     DeliveryRecord,
     DeliveryState,
     EndpointRecord,
+    Outbox,
     TakenDelivery,
 )
-from service.jobs.store import JobStore
-from service.webhooks.delivery import LIMIT_SECONDS, Caller, Reply, judge, retry_wait
+from service.webhooks.delivery import Caller, Reply, judge
 from service.webhooks.envelope import render_body, signed_headers
 from service.webhooks.secrets import SecretKeys
 
@@ -39,19 +38,20 @@ _AT_ONCE = 16
 _POLL_SECONDS = 1.0
 _PRUNE_SECONDS = 3600.0
 _STORE_AWAY_SECONDS = 5.0
+_GRACE_SECONDS = 5.0
 
 OnAttempt = Callable[[str], None]
-"""``on_attempt(outcome)``: ``delivered``, ``retried`` or ``failed``."""
+"""``on_attempt(outcome)``, for webhooks: ``delivered``, ``retried`` or ``failed``."""
 
 
 class Sender:
     """A thread that sends.
 
     Args:
-        store: What is to be sent, and the jobs that it is about.
+        outbox: What is to be sent.
         caller: Makes requests.
         keys: For signing.
-        integrations: By name.
+        tell_integration: Makes a delivery to an integration; blocks.
         public_url: Address of the service as clients see it.
         clock: The time now.
         on_attempt: Counts.
@@ -60,20 +60,20 @@ class Sender:
 
     def __init__(
         self,
-        store: JobStore,
+        outbox: Outbox,
         caller: Caller,
         keys: SecretKeys,
         *,
-        integrations: Mapping[str, Integration] | None = None,
+        tell_integration: Callable[[DeliveryRecord], AttemptOutcome],
         public_url: str,
         clock: Callable[[], datetime],
         on_attempt: OnAttempt = lambda _: None,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
-        self._store = store
+        self._outbox = outbox
         self._caller = caller
         self._keys = keys
-        self._integrations = integrations or {}
+        self._tell_integration = tell_integration
         self._public_url = public_url
         self._clock = clock
         self._on_attempt = on_attempt
@@ -94,10 +94,13 @@ class Sender:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take up nothing more, and wait for what is under way."""
+        """Take up nothing more, and wait a little for what is under way.
+
+        What is cut off is due again when its lease ends.
+        """
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(LIMIT_SECONDS + _STORE_AWAY_SECONDS)
+            self._thread.join(2 * _GRACE_SECONDS)
 
     def _run(self) -> None:
         asyncio.run(self._serve())
@@ -117,7 +120,7 @@ class Sender:
                 if not has_taken:
                     await self._rest(self._poll_seconds)
         if self._under_way:
-            await asyncio.wait(self._under_way.values())
+            await asyncio.wait(self._under_way.values(), timeout=_GRACE_SECONDS)
 
     async def _rest(self, seconds: float) -> None:
         """Until then, or until a delivery is over and its receiver may get the next one."""
@@ -131,7 +134,7 @@ class Sender:
         if len(self._under_way) >= _AT_ONCE:
             return False
         busy = frozenset(self._under_way)
-        taken = await asyncio.to_thread(self._store.take_delivery, LEASE_SECONDS, busy=busy)
+        taken = await asyncio.to_thread(self._outbox.take_delivery, LEASE_SECONDS, busy=busy)
         if taken is None:
             return False
         receiver = taken.delivery.receiver
@@ -144,19 +147,20 @@ class Sender:
         now = asyncio.get_running_loop().time()
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
-            await asyncio.to_thread(self._store.prune_outbox, KEPT)
+            await asyncio.to_thread(self._outbox.prune_outbox, KEPT)
 
     async def _deliver(self, taken: TakenDelivery) -> None:
         delivery = taken.delivery
         try:
             outcome = await self._try(taken)
-            await asyncio.to_thread(self._store.finish_attempt, delivery, outcome)
+            await asyncio.to_thread(self._outbox.finish_attempt, delivery, outcome)
         except Exception:  # noqa: BLE001 - the others go on; this one is due again after its lease
             self._log.exception("delivery_failed", delivery_id=delivery.id)
             return
         is_over = outcome.state != DeliveryState.PENDING
         counted = str(outcome.state) if is_over else "retried"
-        self._on_attempt(counted)
+        if taken.endpoint is not None:
+            self._on_attempt(counted)
         self._log.info(
             "delivery",
             delivery_id=delivery.id,
@@ -170,37 +174,9 @@ class Sender:
 
     async def _try(self, taken: TakenDelivery) -> AttemptOutcome:
         if taken.endpoint is None:
-            return await asyncio.to_thread(self._tell, taken.delivery)
+            return await asyncio.to_thread(self._tell_integration, taken.delivery)
         reply = await self._post(taken.delivery, taken.endpoint)
         return judge(reply, taken.delivery, self._clock())
-
-    def _tell(self, delivery: DeliveryRecord) -> AttemptOutcome:
-        """Call an integration."""
-        try:
-            url = self._call(delivery)
-        except StoreUnavailableError:
-            raise
-        except MergeError as error:
-            wait = retry_wait(delivery.attempts) if error.retryable else None
-            state = DeliveryState.FAILED if wait is None else DeliveryState.PENDING
-            return AttemptOutcome(state=state, retry_in=wait, error=error.detail)
-        return AttemptOutcome(state=DeliveryState.DELIVERED, url=url)
-
-    def _call(self, delivery: DeliveryRecord) -> str | None:
-        name, job = delivery.integration, self._store.get(delivery.data["job_id"])
-        options = {entry.name: entry.options for entry in job.integrations}
-        if name is None or name not in self._integrations or name not in options:
-            raise IntegrationError(f"This deployment has no integration {name} any more.")
-        return self._integrations[name].on_event(
-            JobAnnouncement(
-                message_id=delivery.message_id,
-                type=delivery.type,
-                occurred_at=delivery.occurred_at,
-                job=job,
-                report=self._store.load_report(job.id),
-                options=options[name],
-            )
-        )
 
     async def _post(self, delivery: DeliveryRecord, endpoint: EndpointRecord) -> Reply:
         now = self._clock()

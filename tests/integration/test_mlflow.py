@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import structlog
 from service.app import utc_now
 from service.integrations.base import IntegrationError, JobAnnouncement
 from service.integrations.mlflow import Mlflow
+from service.integrations.telling import Teller
 from service.jobs.outbox import Announcement
 from service.jobs.records import EventType, IntegrationState, JobIntegration, JobRecord
 from service.jobs.sql_store import SqlJobStore, open_store
@@ -61,7 +63,7 @@ def announcement(
 ) -> JobAnnouncement:
     job, _ = bring_to(store, JobState.SUCCEEDED, output_uri=output_uri, inputs=INPUTS)
     job = msgspec.structs.replace(job, plan_digest=tiny_plan().digest)
-    return JobAnnouncement("evt_1", kind, datetime.now(UTC), job, None, o)
+    return JobAnnouncement("evt_1", kind, datetime.now(UTC), job, o)
 
 
 def versions(mlflow: MlflowServer, name: str) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def test_the_variants_of_a_sweep_are_versions_of_one_model(
     ]
     output = {"uri": event.job.output_uri, "digest": "sha256:all", "variants": variants}
     job = msgspec.structs.replace(event.job, output=output)
-    event = msgspec.structs.replace(event, job=job)
+    event = dataclasses.replace(event, job=job)
     for _ in range(2):  # told twice
         assert Mlflow(mlflow.url).on_event(event) == f"{mlflow.url}/#/models/swept/versions/1"
     found = sorted(versions(mlflow, "swept"), key=lambda version: version["version"])
@@ -182,7 +184,7 @@ def sender(store: SqlJobStore, url: str) -> Sender:
         store,
         Caller(AddressGuard()),
         SecretKeys([], Path("/nowhere")),
-        integrations={"mlflow": Mlflow(url)},
+        tell_integration=Teller({"mlflow": Mlflow(url)}, store.get).tell,
         public_url="",
         clock=utc_now,
         poll_seconds=0.01,

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from standardwebhooks import WebhookVerificationError
 
+from service.integrations.telling import Teller
 from service.jobs.outbox import (
     Announcement,
     DeliveryFilter,
@@ -68,6 +69,7 @@ class Post:
             self.store,
             caller or Caller(AddressGuard(allow_loopback=True)),
             KEYS,
+            tell_integration=Teller({}, self.store.get).tell,
             public_url=PUBLIC_URL,
             clock=self.clock,
             on_attempt=self.outcomes.append,

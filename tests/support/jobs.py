@@ -137,7 +137,7 @@ def bring_to(store: JobStore, state: JobState, **changes: Any) -> tuple[JobRecor
     if state in (JobState.CANCELLING, JobState.CANCELLED):
         store.request_cancel(job.id)
     if state == JobState.SUCCEEDED:
-        store.transition(claim, state, output=OUTPUT)
+        store.transition(claim, state, output={**OUTPUT, "uri": job.output_uri})
     if state == JobState.FAILED:
         store.transition(claim, state, error=ERROR)
     if state == JobState.CANCELLED:
