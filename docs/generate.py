@@ -16,8 +16,11 @@ from pydantic.fields import FieldInfo
 from merging.method import MergeMethod, TouchParameters, all_methods
 from merging.options import MergeOptions
 from service.app import describe_api
+from service.metrics import Metrics
 from service.problems import KINDS
+from service.runner.metrics import RunnerMetrics
 from service.settings import ENV_PREFIX, Settings
+from service.storage_metrics import StorageMetrics
 
 FOLDER = Path(__file__).parent / "reference"
 _NOTE = "<!-- Made by `python -m docs.generate`; do not edit. -->"
@@ -35,6 +38,7 @@ def make_reference() -> dict[str, str]:
         "methods.md": _methods(),
         "settings.md": _settings(),
         "errors.md": _errors(),
+        "metrics.md": _metrics(),
         "openapi.json": json.dumps(describe_api(), indent=1, ensure_ascii=False) + "\n",
     }
 
@@ -125,6 +129,29 @@ def _settings() -> str:
         "Given with `--max-shard-size` and so on to `mergeyard merge` and `submit`, or as `options`"
         " of a request.\n\n"
         f"{_parameters(MergeOptions)}\n"
+    )
+
+
+def _metrics() -> str:
+    metrics = Metrics("")
+    RunnerMetrics(metrics.registry)
+    StorageMetrics(metrics.registry)
+    rows = [
+        (
+            f"`{family.name}{'_total' * (family.type == 'counter')}`",
+            family.type,
+            family.documentation,
+        )
+        for family in sorted(metrics.registry.collect(), key=lambda family: family.name)
+    ]
+    return (
+        f"# Metrics\n\n{_NOTE}\n\n"
+        "`GET /metrics` of every process of the service, in the format of Prometheus, with a token"
+        " that has the scope\n`metrics:read`. Counters are of that process; what runners count is"
+        " absent where jobs are not run. Ray's own metrics\ntell of its nodes and workers.\n\n"
+        "`mergeyard_stale_writes_refused_total` and `mergeyard_outbox_oldest_pending_seconds` are"
+        " the two to be woken for.\n\n"
+        f"{_table(('metric', 'kind', 'meaning'), rows)}\n"
     )
 
 

@@ -82,6 +82,7 @@ def create_app(
     stopping: threading.Event | None = None,
     poll_seconds: float = POLL_SECONDS,
     forecast: Forecast | None = None,
+    metrics: Metrics | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -94,6 +95,7 @@ def create_app(
         stopping: Set by whoever ends the server; event streams end soon after.
         poll_seconds: How often the store is asked for events of watched jobs.
         forecast: Says how long a plan should take; by default nothing is known.
+        metrics: What ``/metrics`` shows; by default what the application counts itself.
     """
     version = metadata.version("mergeyard")
     services = Services(
@@ -103,7 +105,7 @@ def create_app(
         clock=clock,
         feed=EventFeed(store, poll_seconds=poll_seconds),
         forecast=forecast or Forecast(),
-        metrics=Metrics(version),
+        metrics=metrics or Metrics(version),
         guard=AddressGuard(
             settings.webhook_allowed_hosts, allow_loopback=settings.webhook_allow_loopback
         ),

@@ -21,12 +21,16 @@ from service.auth import LOGIN_CODE_LIFETIME, prepare_first_token
 from service.forecast import Forecast
 from service.integrations.telling import Teller
 from service.jobs.sql_store import SqlJobStore, open_store
+from service.jobs.store import JobStore
 from service.logs import configure_logging
+from service.metrics import Metrics
 from service.runner.collector import Collector
 from service.runner.loop import Runner
+from service.runner.metrics import RunnerMetrics, metered
 from service.runner.settings import RunnerSettings
 from service.server import Server, address_of, bind
 from service.settings import ENV_PREFIX, Settings
+from service.storage_metrics import StorageMetrics
 from service.webhooks.delivery import Caller
 from service.webhooks.sender import Sender
 from workers.local_pool import LocalPool
@@ -71,18 +75,23 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         stack.callback(store.close)
         first_token = prepare_first_token(store, settings)
         forecast = Forecast(settings.data_dir / "rates.json", settings.device)
+        version = metadata.version("mergeyard")
+        metrics = Metrics(version)
+        timed = StorageMetrics(metrics.registry).timed
+        storage = timed(open_storage(settings.storage_roots))
         runner = None
         if settings.run_jobs:
             pool = _make_pool(settings)
             stack.callback(pool.close)
-            runner = _make_runner(settings, store, pool, forecast)
-        storage = open_storage(settings.storage_roots)
+            counted = metered(store, RunnerMetrics(metrics.registry))
+            runner = _make_runner(settings, counted, pool, forecast, timed)
         app = create_app(
             settings,
             store,
             storage=storage,
             checks=[] if runner is None else [_runner_check(runner)],
             forecast=forecast,
+            metrics=metrics,
         )
         sender = _make_sender(app.state.services)
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)
@@ -92,7 +101,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
             runner.start()
             stack.callback(_stop_runner, runner, settings.drain_seconds)
             _start_collector(stack, settings, store)
-        version, address = metadata.version("mergeyard"), address_of(listener, settings.root_path)
+        address = address_of(listener, settings.root_path)
         if first_token is not None:
             code = store.create_login_code(first_token.id, LOGIN_CODE_LIFETIME)
             announce(
@@ -151,10 +160,14 @@ def _make_pool(settings: Settings) -> ShardPool:
 
 
 def _make_runner(
-    settings: Settings, store: SqlJobStore, pool: ShardPool, forecast: Forecast
+    settings: Settings,
+    store: JobStore,
+    pool: ShardPool,
+    forecast: Forecast,
+    timed: Callable[[Storage], Storage],
 ) -> Runner:
     def storage() -> Storage:
-        return open_storage(settings.storage_roots)
+        return timed(open_storage(settings.storage_roots))
 
     return Runner(
         store,

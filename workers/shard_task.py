@@ -86,7 +86,7 @@ def finish_task(
     *,
     engine: str = ENGINE,
 ) -> ShardDone | ShardFailed:
-    """:func:`run_task` with its end as an event; writes the one log line of the shard."""
+    """:func:`run_task` with its end as an event, and a line in the worker's own log."""
     log = structlog.get_logger(__name__).bind(
         job_id=task.job_id, shard_index=task.work.shard.index, attempt=task.attempt
     )
@@ -104,7 +104,7 @@ def finish_task(
         if error.code == MergeError.default_code:
             emit(ShardLog(*_identity(task), worker=_worker(), text=_trace(error)))
         return ShardFailed(*_identity(task), error=error.to_dict())
-    log.info(
+    log.debug(  # the runner tells it, once for all workers
         "shard_done",
         bytes_read=receipt.bytes_read,
         bytes_written=receipt.bytes_written,

@@ -147,6 +147,17 @@ class ShardDesk:
         del summary["rates"]
         summary["interference_removed"] = interference_removed(receipt)
         self._record(receipt.shard_index, ShardState.SUCCEEDED, attempt, receipt=summary)
+        structlog.get_logger(__name__).info(
+            "shard_done",
+            job_id=self._lease.claim.job_id,
+            shard_index=receipt.shard_index,
+            attempt=attempt,
+            bytes_read=receipt.bytes_read,
+            bytes_written=receipt.size,
+            duration_seconds=round(receipt.seconds.get("total", 0.0), 3),
+            worker=receipt.worker,
+            device=receipt.device,
+        )
 
     def _record_start(self, event: ShardStarted) -> None:
         self._record(
