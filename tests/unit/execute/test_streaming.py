@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,12 +39,21 @@ def make_models(folder: Path, rows: int, columns: int, *, layers: int = 1) -> No
         write_checkpoint(folder / f"expert-{number}", tune(base, seed=1 + number))
 
 
-def plan(folder: Path, num_experts: int, memory_budget: int) -> Plan:
-    document = {
+SWEEP = [
+    {"name": "adam"},
+    {"name": "half", "parameters": {"scale": 0.5}},
+    {"name": "filter", "merge_method": "swudi_a"},
+    {"name": "ridge", "merge_method": "wudi_cfs"},
+]
+
+
+def plan(folder: Path, num_experts: int, memory_budget: int, *, is_sweep: bool = False) -> Plan:
+    document: dict[str, Any] = {
         "merge_method": "wudi",
         "base_model": str(folder / "base"),
         "models": [{"model": str(folder / f"expert-{n % NUM_FILES}")} for n in range(num_experts)],
         "parameters": {"steps": 1},
+        "sweep": SWEEP if is_sweep else None,
     }
     options = MergeOptions(memory_budget=memory_budget)
     output = str(folder / f"merged-{num_experts}")
@@ -68,10 +78,12 @@ def test_thirty_experts_take_the_buffers_of_three(tmp_path: Path) -> None:
     )
 
 
-def merge_and_print_peak(folder: str, num_experts: str, memory_budget: str) -> None:
+def merge_and_print_peak(
+    folder: str, num_experts: str, memory_budget: str, is_sweep: str = ""
+) -> None:
     """What the process below does: prints by how many bytes merging raised its peak."""
     torch.set_num_threads(1)
-    found = plan(Path(folder), int(num_experts), int(memory_budget))
+    found = plan(Path(folder), int(num_experts), int(memory_budget), is_sweep=bool(is_sweep))
     torch.ones(64, 64) @ torch.ones(64, 64)  # what torch keeps from its first product on
     before = resident_bytes("VmRSS")
     run_plan(found, open_storage())
@@ -84,6 +96,32 @@ def resident_bytes(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def peak_of_a_process(*arguments: object) -> int:
+    """What a process of its own prints."""
+    program = (
+        "import sys; from tests.unit.execute.test_streaming import merge_and_print_peak as run;"
+        " run(*sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_stays_within_what_the_plan_of_a_sweep_counts(tmp_path: Path) -> None:
+    make_models(tmp_path, 8192, 1024)
+    alone = plan(tmp_path, 3, 1 << 30).totals.max_host_bytes
+    budget = plan(tmp_path, 3, 1 << 30, is_sweep=True).totals.max_host_bytes
+    assert alone < budget < 2 * alone, "four variants do not take four times the memory"
+    assert peak_of_a_process(tmp_path, 3, budget, "sweep") < 1.1 * budget
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_is_no_larger_with_thirty_experts_than_with_three(tmp_path: Path) -> None:
@@ -92,18 +130,7 @@ def test_the_process_is_no_larger_with_thirty_experts_than_with_three(tmp_path: 
     budget = 128 * MiB
     peaks = {}
     for num_experts in (3, 30):
-        program = (
-            "from tests.unit.execute.test_streaming import merge_and_print_peak as run;"
-            f" run({str(tmp_path)!r}, '{num_experts}', '{budget}')"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONPATH": "."},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks[num_experts] = int(done.stdout)
+        peaks[num_experts] = peak_of_a_process(tmp_path, num_experts, budget)
     experts_bytes = 30 * 2 * rows * columns
     assert experts_bytes > 1.8 * budget, "thirty experts held at once would show"
     assert peaks[30] - peaks[3] < experts_bytes / 6
