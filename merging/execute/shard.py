@@ -91,7 +91,7 @@ def run_shard(
         storage: Where sources are and the output goes.
         device: Torch device that solves.
         on_progress: Called after every piece.
-        cancelled: Asked before every piece.
+        cancelled: Asked before every piece, and before each variant of it.
         rates: What is known of this machine's speed; goes into the receipt.
 
     Returns:
@@ -231,8 +231,6 @@ class _ShardRun:
             fetcher.release(unit)
 
         for piece in group.pieces:
-            if self._cancelled is not None and self._cancelled():
-                raise Cancelled("The merge was cancelled.")
             alone = len(group.pieces) == 1
             inputs = self._inputs(piece, units, fetcher, release if alone else None)
             self._run_piece(piece, inputs, files)
@@ -249,6 +247,8 @@ class _ShardRun:
         working = self._working_bytes(piece)
         with contextlib.closing(results):
             for _ in range(len(piece.treatment.applied)):
+                if self._cancelled is not None and self._cancelled():
+                    raise Cancelled("The merge was cancelled.")
                 self._clock.run("write", functools.partial(self._wait_for_writes, files, working))
                 self._budget.take(working)
                 (numbers, result), seconds = self._solve(results)

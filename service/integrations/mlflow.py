@@ -83,7 +83,7 @@ class Mlflow:
 
 
 def _outputs(event: JobAnnouncement) -> list[dict[str, Any]]:
-    """What the job has published: one checkpoint, or one for each variant."""
+    """What the job has published: one checkpoint, or one for each variant, which has a name."""
     output = event.job.output or {}
     outputs: list[dict[str, Any]] = output.get("variants") or [output]
     return outputs
@@ -124,7 +124,7 @@ def _create(
     method = output.get("method", job.method)
     body = {
         "name": name,
-        "source": output.get("uri", job.output_uri),
+        "source": output["uri"] if "name" in output else job.output_uri,
         "description": f"{method} of {_count_experts(job.inputs)} models, by Mergeyard.",
         "tags": [{"key": key, "value": value} for key, value in _tags(event, output).items()],
     }

@@ -241,6 +241,7 @@ def test_a_shard_that_is_stopped_leaves_no_file_of_any_variant(
 
     with pytest.raises(Cancelled):
         run_shard(plan.work(0, plan.digest), open_storage(), cancelled=cancelled)
+    assert len(asked) == 6
     assert not list((tmp_path / "sweep").rglob("*.safetensors*"))
 
 
