@@ -77,7 +77,7 @@ class FactorProblem(LayerProblem):
     """The problem of adapters, in an orthonormal basis of their inputs; see the module's text.
 
     Args:
-        like: A matrix of the layer's shape (O×I), in the work dtype.
+        total: Memory for the sum of the task vectors (O×I), in the work dtype.
         adapters: In recipe order, in that dtype; those of rank 0 or of zeros take no part.
 
     Attributes:
@@ -86,11 +86,12 @@ class FactorProblem(LayerProblem):
 
     form: ClassVar[Form] = "factors"
 
-    def __init__(self, like: torch.Tensor, adapters: Sequence[Adapter]) -> None:
-        super().__init__(like)
+    def __init__(self, total: torch.Tensor, adapters: Sequence[Adapter]) -> None:
+        super().__init__(total[:0])
+        self.total = total
         self.Q = torch.linalg.qr(torch.cat([adapter.down for adapter in adapters]).t()).Q
         core = GramProblem(
-            like.new_empty((len(like), self.Q.shape[1])),
+            total.new_empty((len(total), self.Q.shape[1])),
             keep_weighted_total=True,
             num_columns=self.num_columns,
         )
