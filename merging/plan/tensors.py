@@ -128,9 +128,9 @@ def _quantised(inputs: Inputs) -> list[Fault]:
 def _tied_heads(inputs: Inputs, warnings: list[str]) -> set[str]:
     """Output heads that some inputs store and others tie to their embedding: the output ties."""
     indexes = inputs.all_indexes
-    if not all(_is_tied(index.config) for index in indexes):
+    if not all(is_tied(index.config) for index in indexes):
         return set()
-    heads = {name: None for index in indexes for name in index.tensors if _is_head(name)}
+    heads = {name: None for index in indexes for name in index.tensors if is_head(name)}
     dropped = set()
     for name in heads:
         without = [index.uri for index in indexes if name not in index.tensors]
@@ -143,11 +143,12 @@ def _tied_heads(inputs: Inputs, warnings: list[str]) -> set[str]:
     return dropped
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output head of a language model."""
     return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
-def _is_tied(config: dict[str, Any]) -> bool:
+def is_tied(config: dict[str, Any]) -> bool:
     """``tie_word_embeddings``, which is true in transformers if nothing is said."""
     inner = config.get("text_config")
     default = inner.get("tie_word_embeddings", True) if isinstance(inner, dict) else True

@@ -9,11 +9,13 @@ from merging.dtypes import is_float
 from merging.method import MergeMethod
 from merging.options import MergeOptions
 from merging.plan.cost import takes_matrices
-from merging.plan.inputs import Inputs
+from merging.plan.inputs import Expert, Inputs
 from merging.plan.packing import data_bytes
 from merging.plan.plan import Input, Problem, Setting
+from merging.plan.tensors import is_head, is_tied
 from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
+from merging.roles import describe_tensor
 
 
 def warn_of_inputs(recipe: Recipe, inputs: Inputs, described: Sequence[Input]) -> list[str]:
@@ -37,6 +39,30 @@ def _warn_of_adapters(inputs: Inputs) -> list[str]:
             "The adapters' configs name different base models:"
             f" {shorten_list(sorted(map(repr, names)))}. An adapter means nothing on another model."
         )
+    return [*warnings, *_warn_of_tied_embeddings(inputs.experts)]
+
+
+_GENERATORS = ("CausalLM", "LMHead", "ConditionalGeneration")
+"""In names of classes that have a head over the vocabulary."""
+
+
+def _warn_of_tied_embeddings(experts: Sequence[Expert]) -> list[str]:
+    """An adapter learns beside a head that stays as it is; merged, the head follows."""
+    warnings = []
+    for expert in experts:
+        index = expert.index
+        classes = str(index.config.get("architectures"))
+        is_generator = any(word in classes for word in _GENERATORS)
+        if not is_generator or not is_tied(index.config) or any(map(is_head, index.tensors)):
+            continue
+        for name in expert.adapted:
+            tensor = index.tensors[name]
+            if describe_tensor(name, tensor.shape, index.config).kind == "embedding":
+                warnings.append(
+                    f"The adapter of {expert.pointer} changes {name}, to which the head of"
+                    f" {index.uri} is tied: merged, the head changes with it, as it did not when"
+                    " the adapter was trained."
+                )
     return warnings
 
 

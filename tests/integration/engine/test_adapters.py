@@ -269,7 +269,62 @@ def test_factors_may_be_stored_in_any_type(dtype: torch.dtype, tmp_path: Path) -
         compare(found, expected, family.base_state, 2e-4)
 
 
+# Warnings
+
+
+def warnings(recipe: dict[str, Any], output: Path) -> list[str]:
+    plan = make_plan(parse_recipe(recipe), open_storage(), MergeOptions(), str(output))
+    return list(plan.warnings)
+
+
+def test_trouble_that_is_known_of_adapters_is_told(family: AdapterFamily, tmp_path: Path) -> None:
+    assert warnings(family.recipe("swudi_a", family.adapters), tmp_path / "out") == []
+    [adam] = warnings(family.recipe("wudi", family.adapters), tmp_path / "out")
+    assert "leaves the span of adapters" in adam
+    assert warnings(family.recipe("wudi", family.experts), tmp_path / "out") == []
+    tensors = load_file(family.adapters[0] / "adapter_model.safetensors")
+    other = write_adapter(tmp_path / "other", tensors, base_model_name_or_path="org/other")
+    [bases] = warnings(family.recipe("ties", [family.adapters[1], other]), tmp_path / "out")
+    assert "different base models: 'models/base', 'org/other'" in bases
+
+
+def test_an_embedding_that_takes_the_head_along_is_told(
+    family: AdapterFamily, tmp_path: Path
+) -> None:
+    config = json.loads((family.base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    state = {n: t for n, t in family.base_state.items() if n != "lm_head.weight"}
+    base = write_checkpoint(tmp_path / "tied", state, config=config)
+    name = "base_model.model.model.embed_tokens"
+    made = {
+        f"{name}.lora_embedding_A": torch.ones(4, 256),
+        f"{name}.lora_embedding_B": torch.ones(64, 4),
+    }
+    adapter = write_adapter(tmp_path / "adapter", made)
+    recipe = family.recipe("ties", [adapter]) | {"base_model": str(base)}
+    [told] = warnings(recipe, tmp_path / "out")
+    assert "changes model.embed_tokens.weight, to which the head" in told
+
+
 # Running
+
+
+def test_a_sweep_of_adapters_gives_what_each_merge_gives(
+    family: AdapterFamily, tmp_path: Path
+) -> None:
+    recipe = family.recipe("swudi_a", family.adapters)
+    variants = [
+        {"name": "plain"},
+        {"name": "half", "parameters": {"scale": 0.5}},
+        {"name": "closed", "merge_method": "wudi_cfs"},
+    ]
+    plan, report, _ = merge(recipe | {"sweep": variants}, tmp_path / "sweep")
+    assert report["bytes_read"] == plan.totals.bytes_read
+    for variant in variants:
+        method = variant.get("merge_method", "swudi_a")
+        parameters = variant.get("parameters", {})
+        alone = tmp_path / f"alone-{variant['name']}"
+        merge(family.recipe(str(method), family.adapters, **dict(parameters)), alone)
+        assert weight_bytes(tmp_path / "sweep" / str(variant["name"])) == weight_bytes(alone)
 
 
 def test_the_example_runs(
