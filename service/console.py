@@ -74,7 +74,8 @@ def plan_progress(plan: Plan) -> Iterator[Callable[[int, ShardCounts], None]]:
 
         def on_progress(shard_index: int, counts: ShardCounts) -> None:
             done[shard_index] = counts.bytes_read + counts.bytes_written
-            tensors[shard_index] = counts.tensors_solved
+            if plan.shards[shard_index].is_output:
+                tensors[shard_index] = counts.tensors_solved
             description = _describe(plan.method, sum(tensors.values()), plan.totals.tensors)
             progress.update(task, completed=sum(done.values()), description=description)
 
@@ -169,7 +170,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
     files = _table("file", "bytes", "tensors", "bytes read", "flops")
     for file in summary["files"]:
         size, read = f"{file['size']:,}", f"{file['bytes_read']:,}"
-        _add_row(files, file["name"], size, file["tensors"], read, f"{file['flops']:.3g}")
+        name = file["name"] if file["kind"] == "weights" else f"({file['name']})"
+        _add_row(files, name, size, file["tensors"], read, f"{file['flops']:.3g}")
     console.print()
     console.print(files)
     warn(summary["warnings"])

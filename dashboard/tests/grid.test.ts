@@ -6,7 +6,7 @@ import { removedPlace } from "../src/charts/scale";
 import type { ShardView } from "../src/live/fold";
 
 function tensor(name: string, role: string, layer: number, shard: number): PlannedTensor {
-  return { name, role, layer, shard, shape: [2, 2], dtype: "F32", method: "wudi", bytes_read: 16, flops: 1 };
+  return { name, role, layer, shard, kind: "weights", shape: [2, 2], dtype: "F32", method: "wudi", bytes_read: 16, flops: 1 };
 }
 
 const LAYOUT = [

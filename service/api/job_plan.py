@@ -18,6 +18,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 def read_plan(job_id: JobId, services: ServicesDep) -> JobPlan:
     """What the job does: the figures of ``POST /v1/plans``, and every tensor in file order.
 
+    A tensor that is made by way of intermediate files is listed for each of them too.
     Tensors go through the stages in that order, so the counts of ``job.progress`` say which of
     them are fetched, solved and written.
     """
@@ -34,10 +35,13 @@ def read_plan(job_id: JobId, services: ServicesDep) -> JobPlan:
 
 
 def _layout(plan: Plan) -> list[PlannedTensor]:
+    """Work for tensors of the output; what is combined of several is for none of them."""
+    names = {problem.tensor_name for shard in plan.outputs for problem in shard.problems}
     return [
         PlannedTensor(
             name=problem.tensor_name,
             shard=shard.index,
+            kind=shard.kind,
             role=problem.role,
             layer=problem.layer,
             shape=problem.shape,
@@ -48,4 +52,5 @@ def _layout(plan: Plan) -> list[PlannedTensor]:
         )
         for shard in plan.shards
         for problem in shard.problems
+        if problem.tensor_name in names
     ]

@@ -182,10 +182,15 @@ class PlanObject(BaseModel):
 
 
 class PlannedTensor(BaseModel):
-    """A tensor of a job's output: in which shard, what for, and what making it takes."""
+    """A tensor of a job's output: in which shard, what for, and what making it takes.
+
+    ``kind`` is that of the shard's file: ``weights``, or ``intermediate`` for what is made of the
+    tensor on the way, whose shape and type these then are.
+    """
 
     name: str
     shard: int
+    kind: Kind
     role: str
     layer: int = Field(description="-1 outside the layers.")
     shape: tuple[int, ...]

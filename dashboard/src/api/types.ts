@@ -158,6 +158,8 @@ export type JobEvent = {
 export interface PlannedTensor {
   name: string;
   shard: number;
+  /** `intermediate` is what is made of the tensor on the way to it. */
+  kind: "weights" | "intermediate";
   role: string;
   layer: number;
   shape: number[];

@@ -211,18 +211,20 @@ function cross(context: CanvasRenderingContext2D, x: number, y: number, w: numbe
 
 function describeMap(grid: Grid, view: JobView): string {
   const done = view.progress?.tensors_done ?? 0;
-  return `Map of ${plural(grid.layout.length, "tensor")} in ${grid.layers.length} layers and ${grid.roles.length} roles; ${done} uploaded.`;
+  const names = new Set(grid.layout.map((tensor) => tensor.name));
+  return `Map of ${plural(names.size, "tensor")} in ${grid.layers.length} layers and ${grid.roles.length} roles; ${done} uploaded.`;
 }
 
 function CellWords({ cell, grid, state }: { cell: Cell; grid: Grid; state: CellState }) {
   const tensors = cell.tensors.map((index) => grid.layout[index]!);
-  const first = tensors[0]!;
+  const names = new Set(tensors.map((tensor) => tensor.name));
+  const first = tensors.find((tensor) => tensor.kind === "weights") ?? tensors[0]!;
   const read = tensors.reduce((sum, tensor) => sum + tensor.bytes_read, 0);
   const work = tensors.reduce((sum, tensor) => sum + tensor.flops, 0);
   const share = state.interferenceRemoved;
   return (
     <>
-      <code class="break">{tensors.length === 1 ? first.name : `${tensors.length} tensors, ${first.name} …`}</code>{" "}
+      <code class="break">{names.size === 1 ? first.name : `${names.size} tensors, ${first.name} …`}</code>{" "}
       <b>{describeStage(state)}</b> · {first.shape.join(" × ")} {first.dtype} · {first.method} · shard {first.shard}
       {" · "}
       {bytes(read)} to read · {flops(work)}
