@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
 import sys
 import time
 from pathlib import Path
-
-import structlog
 
 from merging.plan.packing import shard_header
 from merging.receipts import Receipt, write_receipt
@@ -21,6 +18,7 @@ from merging.storage.router import open_storage
 from service.app import create_app
 from service.auth import Scope
 from service.jobs.sql_store import open_store
+from service.logs import configure_logging
 from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
 from service.server import Server, address_of, bind
@@ -69,7 +67,7 @@ class InstantPool:
         work = task.work
         header = shard_header(work.shard.problems)
         data = header + bytes(work.shard.size - len(header))
-        stat = self._storage.write_bytes(work.file_uri, data)
+        (stat,) = [self._storage.write_bytes(uri, data) for uri in work.file_uris]
         receipt = Receipt(
             plan_digest=work.plan_digest,
             shard_index=work.shard.index,
@@ -91,7 +89,7 @@ class InstantPool:
 
 def main(folder: Path) -> None:
     """Serve until SIGTERM."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    configure_logging(as_json=True)
     roots = (str(folder),)
     settings = load_settings(data_dir=folder / "data", storage_roots=roots, pool="local")
     settings.data_dir.mkdir()

@@ -196,7 +196,10 @@ def main(arguments: list[str]) -> None:
         folder = Path(name)
         _write_checkpoints(folder)
         command = [sys.executable, "-m", "benchmarks.instant_service", name]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        with (
+            (folder / "log").open("w") as log,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+        ):
             assert server.stdout is not None
             try:
                 (folder / "address").write_text(server.stdout.readline())

@@ -16,6 +16,9 @@ from service.jobs.errors import StoreUnavailableError
 _BUSY_SECONDS = 30
 """How long a writer of SQLite waits for the others; writes take milliseconds."""
 
+_MOST_THREADS = 50
+"""Connections to SQLite that are kept: one for each thread that serves requests, and some more."""
+
 _IDLE_SECONDS = 15
 """How long a transaction may do nothing; ours never wait for anything but the database."""
 
@@ -48,7 +51,9 @@ def open_engine(url: str) -> sa.Engine:
         raise ValueError(
             f"{parsed.render_as_string()} cannot hold jobs; use sqlite:///path or postgresql://…"
         )
-    engine = sa.create_engine(parsed, connect_args={"timeout": _BUSY_SECONDS})
+    engine = sa.create_engine(
+        parsed, pool_size=_MOST_THREADS, connect_args={"timeout": _BUSY_SECONDS}
+    )
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine

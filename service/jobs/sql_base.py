@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,6 +35,8 @@ class SqlBase:
         self._engine = engine
         self._writer = for_writing(engine)
         self._clock = clock or _machine_time
+        is_file = engine.dialect.name == "sqlite"
+        self._writing = threading.Lock() if is_file else contextlib.nullcontext()
         self._asks_database = clock is None and engine.dialect.name == "postgresql"
 
     @contextmanager
@@ -42,8 +46,12 @@ class SqlBase:
 
     @contextmanager
     def _write(self) -> Iterator[sa.Connection]:
-        """A transaction: committed at the end, rolled back by any error."""
-        with outages_as_unavailable(), self._writer.begin() as connection:
+        """A transaction: committed at the end, rolled back by any error.
+
+        SQLite has one writer at a time and lets others ask again after ever longer sleeps; the
+        threads of this process wait for each other without.
+        """
+        with self._writing, outages_as_unavailable(), self._writer.begin() as connection:
             yield connection
 
     def _now(self, connection: sa.Connection) -> datetime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import string
+import time
 import zlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -15,13 +16,15 @@ from service.jobs.errors import NotFoundError
 from service.jobs.ids import new_id
 from service.jobs.records import TokenRecord
 from service.jobs.rows import to_record
-from service.jobs.sql_base import SqlBase
+from service.jobs.sql_base import Clock, SqlBase
 from service.jobs.tables import sessions, tokens
 
 SECRET_PREFIX = "mergeyard_"  # noqa: S105 - what scanners look for, not a secret
 _DIGITS = string.digits + string.ascii_letters
 _RANDOM_CHARACTERS = 40  # 238 bits
 _SHOWN_CHARACTERS = len(SECRET_PREFIX) + 6
+_SECONDS_KNOWN = 1.0
+_MOST_KNOWN_TOKENS = 1000
 _TOUCH_INTERVAL = timedelta(minutes=1)
 
 
@@ -32,7 +35,15 @@ def new_secret() -> str:
 
 
 class TokenStatements(SqlBase):
-    """See :class:`service.jobs.store.TokenStore`."""
+    """See :class:`service.jobs.store.TokenStore`.
+
+    Tokens are remembered for a second, since every request asks for one. One that another replica
+    revoked is good for as long here.
+    """
+
+    def __init__(self, engine: sa.Engine, clock: Clock | None = None) -> None:
+        super().__init__(engine, clock)
+        self._known_tokens: dict[str, tuple[TokenRecord | None, float]] = {}
 
     def create_token(
         self, name: str, scopes: Sequence[str], *, expires_at: datetime | None = None
@@ -74,11 +85,20 @@ class TokenStatements(SqlBase):
 
     def find_token(self, secret: str) -> TokenRecord | None:
         """See :meth:`service.jobs.store.TokenStore.find_token`."""
-        same = tokens.c.hash == hash_secret(secret)
-        query = sa.select(tokens).where(same, is_usable(self._clock()))
+        key, now = hash_secret(secret), self._clock()
+        token, known_until = self._known_tokens.get(key, (None, 0.0))
+        if token is not None and time.monotonic() < known_until:
+            return token if token.expires_at is None or now < token.expires_at else None
+        query = sa.select(tokens).where(tokens.c.hash == key, is_usable(now))
         with self._read() as connection:
             row = connection.execute(query).one_or_none()
-        return None if row is None else to_record(row, TokenRecord)
+        if row is None:
+            return None
+        token = to_record(row, TokenRecord)
+        if len(self._known_tokens) >= _MOST_KNOWN_TOKENS:
+            self._known_tokens.clear()
+        self._known_tokens[key] = token, time.monotonic() + _SECONDS_KNOWN
+        return token
 
     def list_tokens(self) -> list[TokenRecord]:
         """See :meth:`service.jobs.store.TokenStore.list_tokens`."""
@@ -93,6 +113,7 @@ class TokenStatements(SqlBase):
         with self._write() as connection:
             row = connection.execute(update.returning(tokens)).one_or_none()
             connection.execute(sa.delete(sessions).where(sessions.c.token_id == token_id))
+        self._known_tokens.clear()
         if row is None:
             raise NotFoundError(f"There is no token {token_id}.", context={"token_id": token_id})
         return to_record(row, TokenRecord)
@@ -106,6 +127,7 @@ class TokenStatements(SqlBase):
         update = sa.update(tokens).where(tokens.c.id == token_id, used_long_ago)
         with self._write() as connection:
             connection.execute(update.values(last_used_at=now))
+        self._known_tokens.clear()
 
 
 def is_usable(now: datetime) -> sa.ColumnElement[bool]:

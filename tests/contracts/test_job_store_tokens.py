@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 
+from service.jobs import sql_tokens
 from service.jobs.errors import NotFoundError
 from service.jobs.sql_store import SqlJobStore
 from service.jobs.tables import tokens
@@ -77,3 +79,16 @@ def test_a_configured_secret_is_one_token_however_often_it_is_imported(store: Sq
     assert first.prefix == ""  # no part of a chosen secret is shown
     assert store.find_token("chosen by the operator, long enough") == first
     assert store.list_tokens() == [first]
+
+
+def test_a_token_that_another_replica_revoked_is_refused_within_a_second(
+    store: SqlJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, secret = store.create_token("ci", ["jobs:read"])
+    other = SqlJobStore(store._engine)
+    assert other.find_token(secret) == token
+    store.revoke_token(token.id)
+    assert store.find_token(secret) is None
+    now = time.monotonic()
+    monkeypatch.setattr(sql_tokens.time, "monotonic", lambda: now + 1.0)
+    assert other.find_token(secret) is None
