@@ -18,7 +18,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from merging.errors import Fault, MergeError
 
 ENV_PREFIX = "MERGEYARD_"
-_SHORTEST_KEY = 32
+SHORTEST_KEY = 32
+"""Characters of a key from which secrets are derived."""
 _WEB_ADDRESS = r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$"
 
 
@@ -243,8 +244,8 @@ class Settings(BaseSettings):
     @field_validator("secret_keys")
     @classmethod
     def _check_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if any(len(key.get_secret_value()) < _SHORTEST_KEY for key in value):
-            raise ValueError(f"each key has at least {_SHORTEST_KEY} characters")
+        if any(len(key.get_secret_value()) < SHORTEST_KEY for key in value):
+            raise ValueError(f"each key has at least {SHORTEST_KEY} characters")
         return value
 
     @field_validator("data_dir")

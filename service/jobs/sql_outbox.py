@@ -69,11 +69,11 @@ class OutboxStatements(SqlBase):
             now = self._now(connection)
             if delivery.endpoint_id is not None:
                 # The endpoint is locked first, as when it is deleted: in the other order two
-                # transactions could wait for each other.
+                # transactions could wait for each other. Announcements need not wait for it.
                 lock = sa.select(webhook_endpoints.c.id).where(
                     webhook_endpoints.c.id == delivery.endpoint_id
                 )
-                connection.execute(lock.with_for_update())
+                connection.execute(lock.with_for_update(key_share=True))
             job = self._lock_job(connection, delivery)
             is_ours = _finish(connection, delivery, outcome, now)
             if is_ours and delivery.endpoint_id is not None:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from merging.errors import MergeError
 from service.jobs.outbox import EndpointRecord
-from service.settings import ENV_PREFIX
+from service.settings import ENV_PREFIX, SHORTEST_KEY
 
 _SECRET_BYTES = 32
 _KEY_ID_CHARACTERS = 12
@@ -51,6 +51,12 @@ class SecretKeys:
     def _keys(self) -> dict[str, bytes]:
         """Keys by id. Read when first needed; ids tell nothing of them."""
         texts = self._configured or [read_or_make_key(self._file)]
+        if any(len(text) < SHORTEST_KEY for text in texts):
+            raise MergeError(
+                f"The key in {self._file} has less than {SHORTEST_KEY} characters. Put back what"
+                " was there; or remove the file, and rotate every endpoint's secret.",
+                code="bad_setting",
+            )
         return {_key_id(text): text.encode() for text in texts}
 
     def load(self) -> None:

@@ -175,7 +175,12 @@ class Sender:
     async def _try(self, taken: TakenDelivery) -> AttemptOutcome:
         if taken.endpoint is None:
             return await asyncio.to_thread(self._tell_integration, taken.delivery)
-        reply = await self._post(taken.delivery, taken.endpoint)
+        try:
+            reply = await self._post(taken.delivery, taken.endpoint)
+        except Exception as error:  # noqa: BLE001 - a fault of ours is one more failed try
+            self._log.exception("delivery_crashed", delivery_id=taken.delivery.id)
+            name = type(error).__name__
+            reply = Reply(error=f"The service failed in a way that it should not ({name}).")
         return judge(reply, taken.delivery, self._clock())
 
     async def _post(self, delivery: DeliveryRecord, endpoint: EndpointRecord) -> Reply:

@@ -347,6 +347,20 @@ def test_without_the_key_nothing_is_sent_and_the_owner_is_told_why(post: Post) -
         assert there.received == []
 
 
+def test_a_fault_of_our_own_is_one_more_failed_try(post: Post) -> None:
+    class Broken(Caller):
+        async def post(self, *_: Any, **__: Any) -> Any:
+            raise ZeroDivisionError("secret")
+
+    with post.sending(Broken(AddressGuard(allow_loopback=True))):
+        endpoint = post.endpoint("http://127.0.0.1:9/")
+        bring_to(post.store, JobState.PLANNING)
+        post.wait_for_tries(1)
+    (failed,) = post.deliveries(endpoint)
+    assert failed.state == DeliveryState.PENDING
+    assert failed.error == "The service failed in a way that it should not (ZeroDivisionError)."
+
+
 def test_only_the_beginning_of_a_reply_is_kept(post: Post) -> None:
     with receiver() as there, post.sending():
         there.answers = [Answer(200, b"\x00\xff" + b"x" * 5_000_000)]

@@ -193,6 +193,13 @@ def test_named_hosts_may_be_private_but_never_more_special() -> None:
             guard.check_number("hooks.example.com", ipaddress.ip_address(number), is_secure=True)
 
 
+def test_without_tls_a_name_may_stand_for_this_machine_only() -> None:
+    guard = AddressGuard(allow_loopback=True)
+    guard.check_number("hooks.example.com", ipaddress.ip_address("127.0.0.1"), is_secure=False)
+    with pytest.raises(AddressError):
+        guard.check_number("hooks.example.com", ipaddress.ip_address("1.1.1.1"), is_secure=False)
+
+
 def test_another_peer_than_was_called_is_not_talked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
 

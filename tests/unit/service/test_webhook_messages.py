@@ -135,6 +135,12 @@ def test_a_key_that_cannot_be_had_is_a_setting_to_be_changed() -> None:
     assert caught.value.code == "bad_setting"
 
 
+def test_a_key_file_that_was_emptied_is_no_key(tmp_path: Path) -> None:
+    (tmp_path / "secret-key").touch()
+    with pytest.raises(MergeError, match="32 characters"):
+        SecretKeys([], tmp_path / "secret-key").load()
+
+
 # -- bodies and signatures
 
 
