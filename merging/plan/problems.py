@@ -164,8 +164,9 @@ class ProblemBuilder:
             setting = self.settings.merge(entry.name, layer_position(role.layer, num_layers))
         else:
             setting = self.settings.mean()
-        stored = [source for one in experts for source in one.stored]
-        types = [source.dtype for source in (base, *stored) if source is not None]
+        types = [base.dtype] if base else []
+        if experts:  # adapters have no say: they are often kept wider than their model
+            types += [e.index.tensors[entry.name].dtype for e in self._inputs.experts]
         parts = tuple(one.parts for one in experts)
         problem = Problem(
             tensor_name=entry.name,

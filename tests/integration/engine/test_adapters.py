@@ -269,6 +269,20 @@ def test_factors_may_be_stored_in_any_type(dtype: torch.dtype, tmp_path: Path) -
         compare(found, expected, family.base_state, 2e-4)
 
 
+def test_the_result_has_the_type_of_the_models_and_not_of_adapters(
+    family: AdapterFamily, tmp_path: Path
+) -> None:
+    tensors = load_file(family.adapters[0] / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] = family.base_state["lm_head.weight"].float() * 1.01
+    saved = write_adapter(tmp_path / "saved", tensors, modules_to_save=["lm_head"])
+    recipe = family.recipe("swudi_a", [saved, family.adapters[1]])
+    del recipe["out_dtype"]
+    _, _, found = merge(recipe, tmp_path / "out")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    mean = (tensors["base_model.model.lm_head.weight"] + family.base_state["lm_head.weight"]) / 2
+    torch.testing.assert_close(found["lm_head.weight"], mean.bfloat16())
+
+
 # Warnings
 
 
