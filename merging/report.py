@@ -47,9 +47,9 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
     ``write``: waiting), ``busy_seconds`` those in which bytes moved beside the solving, and
     ``estimate`` what the workers' rates let expect of both; null if nothing was known.
 
-    The report of a sweep has in ``variants`` what it has in place of ``totals`` and ``tensors``:
-    the reports of all variants, each as of a merge by itself. Bytes, memory and time in these are
-    those of the whole sweep, which its variants share.
+    The report of a sweep has no ``tensors`` of its own, but in ``variants`` the reports of all
+    variants, each as of a merge by itself. Bytes, memory and time in these are those of the whole
+    sweep, which its variants share.
 
     Args:
         plan: The plan.
@@ -77,7 +77,13 @@ def build_report(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
                 for text in report["warnings"][len(plan.warnings) :]
             ),
         ],
+        "totals": {
+            name: sum(report["totals"][name] for report in reports)
+            for name in ("tensors", "flops", "layers_solved")
+        }
+        | {"interference_removed": None},
         "versions": engine_versions(),
+        "tensors": [],
         "variants": reports,
     }
 

@@ -249,6 +249,9 @@ export interface Report {
   warnings: string[];
   versions: Record<string, string>;
   tensors: ReportTensor[];
+  /** Of a sweep: the report of each variant, which has its name in `variant`. */
+  variants?: Report[];
+  variant?: string;
 }
 
 export interface RecipeValidation {

@@ -106,6 +106,10 @@ def test_each_variant_has_the_bytes_of_its_merge_by_itself(
             _without_seconds(t) for t in expected["tensors"]
         ]
     assert report["output"]["uri"] == str(tmp_path / "sweep")
+    assert report["totals"]["tensors"] == len(variants) * plan.totals.tensors
+    assert not set(own) - set(report) - {"variant"}, (
+        "what reads a merge's report can read a sweep's"
+    )
     assert [v["name"] for v in report["output"]["variants"]] == [v["name"] for v in variants]
 
 

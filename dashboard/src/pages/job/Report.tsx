@@ -11,7 +11,9 @@ import { Digest } from "./Recipe";
 
 const EXPERT_INKS = ["accent", "publishing", "cancelling", "failed", "succeeded", "queued"];
 
-export function ReportTab({ job, report }: TabProps) {
+export function ReportTab({ job, report: whole }: TabProps) {
+  const [chosen, choose] = useState(0);
+  const report = whole?.variants?.[chosen] ?? whole;
   if (!report) {
     return (
       <p class="empty">
@@ -21,6 +23,18 @@ export function ReportTab({ job, report }: TabProps) {
   }
   return (
     <div class="stack">
+      {whole?.variants && (
+        <label class="field">
+          <span>Variant</span>
+          <select class="input" value={chosen} onChange={(event) => choose(Number(event.currentTarget.value))}>
+            {whole.variants.map(({ variant, method }, index) => (
+              <option key={variant} value={index}>
+                {variant} ({method})
+              </option>
+            ))}
+          </select>
+        </label>
+      )}
       <Totals report={report} />
       <LayerCharts report={report} />
       <div class="columns">
