@@ -43,6 +43,7 @@ from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
 from service.problems import PROBLEM_JSON
 from service.settings import Settings
+from service.tracing import TracedRequests, Tracing
 from service.webhooks.address_guard import AddressGuard
 from service.webhooks.secrets import SecretKeys
 
@@ -84,6 +85,7 @@ def create_app(
     poll_seconds: float = POLL_SECONDS,
     forecast: Forecast | None = None,
     metrics: Metrics | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -97,6 +99,7 @@ def create_app(
         poll_seconds: How often the store is asked for events of watched jobs.
         forecast: Says how long a plan should take; by default nothing is known.
         metrics: What ``/metrics`` shows; by default what the application counts itself.
+        tracing: Makes a span for every request.
     """
     version = metadata.version("mergeyard")
     services = Services(
@@ -118,7 +121,7 @@ def create_app(
         stopping=stopping or threading.Event(),
         streams=StreamSlots(settings.max_streams_per_token),
     )
-    app = _application(version, _middleware(services, version))
+    app = _application(version, _middleware(services, version, tracing))
     app.state.services = services
     return app
 
@@ -146,7 +149,7 @@ def _application(version: str, middleware: Sequence[Middleware]) -> FastAPI:
     return app
 
 
-def _middleware(services: Services, version: str) -> list[Middleware]:
+def _middleware(services: Services, version: str, tracing: Tracing | None) -> list[Middleware]:
     """From the outside in."""
     authenticator = Authenticator(services.store, services.clock)
     return [
@@ -156,6 +159,7 @@ def _middleware(services: Services, version: str) -> list[Middleware]:
             root_path=services.settings.root_path,
             on_request=services.metrics.count_request,
         ),
+        *([Middleware(TracedRequests, tracing=tracing)] if tracing else []),
         Middleware(
             GZipMiddleware,
             minimum_size=_COMPRESS_FROM_BYTES,

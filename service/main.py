@@ -28,9 +28,11 @@ from service.runner.collector import Collector
 from service.runner.loop import Runner
 from service.runner.metrics import RunnerMetrics, metered
 from service.runner.settings import RunnerSettings
+from service.runner.traces import traced
 from service.server import Server, address_of, bind
 from service.settings import ENV_PREFIX, Settings
 from service.storage_metrics import StorageMetrics
+from service.tracing import open_tracing
 from service.webhooks.delivery import Caller
 from service.webhooks.sender import Sender
 from workers.local_pool import LocalPool
@@ -79,12 +81,16 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         metrics = Metrics(version)
         timed = StorageMetrics(metrics.registry).timed
         storage = timed(open_storage(settings.storage_roots))
+        tracing = open_tracing(settings.otlp_endpoint, version) if settings.otlp_endpoint else None
+        if tracing is not None:
+            stack.callback(tracing.close)
         runner = None
         if settings.run_jobs:
             pool = _make_pool(settings)
             stack.callback(pool.close)
-            counted = metered(store, RunnerMetrics(metrics.registry))
-            runner = _make_runner(settings, counted, pool, forecast, timed)
+            seen = metered(store, RunnerMetrics(metrics.registry))
+            seen = traced(seen, tracing) if tracing else seen
+            runner = _make_runner(settings, seen, pool, forecast, timed)
         app = create_app(
             settings,
             store,
@@ -92,6 +98,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
             checks=[] if runner is None else [_runner_check(runner)],
             forecast=forecast,
             metrics=metrics,
+            tracing=tracing,
         )
         sender = _make_sender(app.state.services)
         server = Server(app, delay_seconds=settings.shutdown_delay_seconds)

@@ -203,6 +203,12 @@ class Settings(BaseSettings):
         description="How long the unfinished files of failed, cancelled and forgotten jobs are"
         " kept, for a retry to go on from. Then they are removed; a retry starts afresh.",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Collector of traces that speaks OTLP over HTTP, as in http://host:4318; needs"
+        " the extra otel. Headers for it: OTEL_EXPORTER_OTLP_HEADERS.",
+    )
     log_json: bool | None = Field(
         default=None, description="Log lines as JSON; default: unless standard error is a terminal."
     )

@@ -17,6 +17,7 @@ class ShardTask(msgspec.Struct, frozen=True):
         work: What to do.
         storage_roots: Prefixes that may be read and written; empty allows everything (CLI).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        traceparent: Trace that the job belongs to; told in the worker's log.
     """
 
     job_id: str
@@ -24,6 +25,7 @@ class ShardTask(msgspec.Struct, frozen=True):
     work: ShardWork
     storage_roots: tuple[str, ...] = ()
     device: str = "auto"
+    traceparent: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:

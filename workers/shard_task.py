@@ -88,7 +88,10 @@ def finish_task(
 ) -> ShardDone | ShardFailed:
     """:func:`run_task` with its end as an event, and a line in the worker's own log."""
     log = structlog.get_logger(__name__).bind(
-        job_id=task.job_id, shard_index=task.work.shard.index, attempt=task.attempt
+        job_id=task.job_id,
+        shard_index=task.work.shard.index,
+        attempt=task.attempt,
+        traceparent=task.traceparent,
     )
     begin = time.monotonic()
     try:

@@ -106,6 +106,11 @@ async def _job_id(job_id: Annotated[str, Path(description="Id of a job.")]) -> s
     return job_id
 
 
+async def _trace_parent(request: Request) -> str | None:
+    return getattr(request.state, "traceparent", None)
+
+
+TraceParent = Annotated[str | None, Depends(_trace_parent)]
 ServicesDep = Annotated[Services, Depends(_services)]
 PrincipalDep = Annotated[Principal, Depends(_principal)]
 JobId = Annotated[str, Depends(_job_id)]

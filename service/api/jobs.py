@@ -11,7 +11,15 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validato
 from starlette.concurrency import run_in_threadpool
 
 from merging.options import MergeOptions
-from service.api.deps import LABEL_PREFIX, JobId, PrincipalDep, Services, ServicesDep, guarded
+from service.api.deps import (
+    LABEL_PREFIX,
+    JobId,
+    PrincipalDep,
+    Services,
+    ServicesDep,
+    TraceParent,
+    guarded,
+)
 from service.api.idempotency import IdempotencyKey, idempotency_request
 from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
@@ -86,11 +94,14 @@ async def create_job(
     services: ServicesDep,
     principal: PrincipalDep,
     key: IdempotencyKey,
+    traceparent: TraceParent,
     response: Response,
 ) -> JobDetail:
     """Submit a merge. Recipe, inputs and output are checked in full, from headers alone."""
     request = idempotency_request(key, principal, "/v1/jobs", body.model_dump(mode="json"))
-    job, is_new = await submit(services, principal, body, idempotency=request)
+    job, is_new = await submit(
+        services, principal, body, idempotency=request, traceparent=traceparent
+    )
     return _show_submitted(services, job, response, is_new=is_new)
 
 
@@ -106,6 +117,7 @@ async def resubmit_job(
     services: ServicesDep,
     principal: PrincipalDep,
     key: IdempotencyKey,
+    traceparent: TraceParent,
     response: Response,
     body: Resubmission | None = None,
 ) -> JobDetail:
@@ -127,7 +139,12 @@ async def resubmit_job(
         ],
     )
     job, is_new = await submit(
-        services, principal, submission, idempotency=request, resubmitted_from=job_id
+        services,
+        principal,
+        submission,
+        idempotency=request,
+        resubmitted_from=job_id,
+        traceparent=traceparent,
     )
     return _show_submitted(services, job, response, is_new=is_new)
 

@@ -28,6 +28,7 @@ async def submit(
     *,
     idempotency: IdempotencyRequest | None,
     resubmitted_from: str | None = None,
+    traceparent: str | None = None,
 ) -> tuple[JobRecord, bool]:
     """Queue a merge, or give the first job of the idempotency key.
 
@@ -53,6 +54,7 @@ async def submit(
     if stored is not None:
         check_pinned(plan, stored.summary["plan_digest"], stored.summary["inputs"])
     job = _new_job(body, request, plan, principal, resubmitted_from, integrations)
+    job = msgspec.structs.replace(job, traceparent=traceparent)
     record, is_new = await run_in_threadpool(services.store.submit, job, idempotency=idempotency)
     if is_new:
         services.metrics.jobs_submitted.labels(plan.method).inc()

@@ -99,6 +99,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
         resubmitted_from: Id of the job whose recipe this is.
         plan_id: Id of the stored plan that it is to run.
         pinned_plan_digest: That plan's digest; a run that is planned otherwise fails.
+        traceparent: Place of the request in its trace (W3C Trace Context), if there is one.
         integrations: Who is told of it.
         type: Kind of work; only ``merge`` for now.
     """
@@ -119,6 +120,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     resubmitted_from: str | None = None
     plan_id: str | None = None
     pinned_plan_digest: str | None = None
+    traceparent: str | None = None
     integrations: tuple[JobIntegration, ...] = ()
     type: str = "merge"
 
@@ -197,6 +199,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     resubmitted_from: str | None
     plan_id: str | None
     pinned_plan_digest: str | None
+    traceparent: str | None
     integrations: tuple[JobIntegration, ...]
     lease_owner: str | None
     lease_expires_at: datetime | None

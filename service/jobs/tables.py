@@ -97,6 +97,7 @@ jobs = sa.Table(
     sa.Column("resubmitted_from", sa.String(64)),
     sa.Column("plan_id", sa.String(64)),
     sa.Column("pinned_plan_digest", sa.String(80)),
+    sa.Column("traceparent", sa.String(64)),
     sa.Column("integrations", _json, nullable=False, server_default="[]"),
     sa.Column("lease_owner", sa.String(128)),
     sa.Column("lease_expires_at", UtcDateTime),

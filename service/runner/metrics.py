@@ -5,17 +5,17 @@ A job that several runners worked on is counted by the one that ended it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from merging.plan.plan import Plan
 from merging.rates import storage_kind
-from service.jobs.errors import StaleLeaseError
 from service.jobs.records import Claim, JobRecord
 from service.jobs.states import TERMINAL, JobState, ShardState
 from service.jobs.store import JobStore
+from service.runner.observed import ObservedStore
 
 _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 48 * 3600)
 _BYTES = tuple(1 << power for power in range(26, 41, 2))
@@ -77,29 +77,14 @@ def metered(store: JobStore, metrics: RunnerMetrics) -> JobStore:
     return cast(JobStore, _MeteredStore(store, metrics))
 
 
-class _MeteredStore:
-    """Passes every call on; a method of ours of the same name sees what came of it."""
-
+class _MeteredStore(ObservedStore):
     def __init__(self, store: JobStore, metrics: RunnerMetrics) -> None:
-        self._store = store
+        super().__init__(store)
         self._metrics = metrics
         self._planned_bytes: dict[str, int] = {}
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._store, name)
-        note = getattr(type(self), f"_note_{name}", None)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                result = method(*args, **kwargs)
-            except StaleLeaseError:
-                self._metrics.stale_writes.inc()
-                raise
-            if note is not None:
-                note(self, result, *args, **kwargs)
-            return result
-
-        return call
+    def _note_stale(self, *_: Any) -> None:
+        self._metrics.stale_writes.inc()
 
     def _note_claim(self, claim: Claim | None, *_: Any, **__: Any) -> None:
         if claim is None:

@@ -95,6 +95,7 @@ class ShardDesk:
             work=self._plan.work(index, self._plan_digest, self.board.versions(index)),
             storage_roots=self._context.settings.storage_roots,
             device=self._context.settings.device,
+            traceparent=self._lease.job.traceparent,
         )
 
     def take_back(self, task: ShardTask) -> None:
