@@ -37,12 +37,18 @@ def merge_models() -> None:
 
     @task
     def submit() -> str:
-        """Submit the merge; gives the job's id. A task that is tried again finds its own job."""
+        """Submit the merge; gives the job's id.
+
+        A task that is run again finds its own job; if that has failed, it goes on from what is
+        already there.
+        """
         context = get_current_context()
         body = {name: context["params"][name] for name in ("recipe", "output_uri")}
         status, job = call("/v1/jobs", body, key=f"{context['run_id']}-{context['ti'].task_id}")
         if status not in (200, 201):
             raise RuntimeError(job["detail"])
+        if job["state"] == "failed":
+            call(f"/v1/jobs/{job['id']}/retry", {})
         return job["id"]
 
     @task.sensor(poke_interval=30, timeout=24 * 3600, mode="reschedule")

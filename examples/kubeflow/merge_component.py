@@ -13,7 +13,8 @@ from kfp import compiler, dsl
 def merge(service_url: str, recipe: str, output_uri: str, run_id: str) -> str:
     """Merge, and wait for the end; gives the output's address.
 
-    A step that is run again finds its own job: the run's id is the Idempotency-Key.
+    A step that is run again finds its own job, since the run's id is the Idempotency-Key; if that
+    has failed, it goes on from what is already there.
     """
     import json
     import os
@@ -38,6 +39,8 @@ def merge(service_url: str, recipe: str, output_uri: str, run_id: str) -> str:
     status, job = call("/v1/jobs", {"recipe": recipe, "output_uri": output_uri})
     if status not in (200, 201):
         raise RuntimeError(job["detail"])
+    if job["state"] == "failed":
+        call(f"/v1/jobs/{job['id']}/retry", {})
     print(f"job {job['id']}")
     while True:
         status, result = call(f"/v1/jobs/{job['id']}/result")

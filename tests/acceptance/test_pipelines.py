@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from service.client import ApiError
-from tests.support.checkpoints import INDEX_NAME, Family
+from tests.support.checkpoints import INDEX_NAME, Family, make_family
 from tests.support.documents import REPOSITORY
 from tests.support.environments import plain_environment, python_with
 from tests.support.live_service import LiveService
@@ -90,6 +92,27 @@ def test_the_component_fails_with_the_services_reason(
     with service.client() as client, pytest.raises(ApiError) as refused:
         client.submit(outside["recipe"], outside["output_uri"])
     assert refused.value.detail in done.stderr
+
+
+def test_a_step_that_is_run_again_after_a_failure_goes_on(
+    kfp: Path, service: LiveService, tmp_path: Path
+) -> None:
+    family = make_family(tmp_path / "models", num_experts=2, hidden=32, vocab=64)
+    weights = family.experts[0] / "model.safetensors"
+    state = load_file(weights)
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}
+    save_file(broken, weights, {"format": "pt"})
+    output = str(tmp_path / "out")
+    arguments = {"recipe": recipe(family), "output_uri": output, "run_id": "run-3"}
+    failed = merge_in_a_step(kfp, service, tmp_path, **arguments)
+    assert failed.returncode != 0
+    assert "NaN" in failed.stderr
+    save_file(state, weights, {"format": "pt"})
+    again = merge_in_a_step(kfp, service, tmp_path, **arguments)
+    assert again.returncode == 0, again.stderr
+    with service.client() as client:
+        (job,) = [job for job in client.jobs() if job["output_uri"] == output]
+    assert (job["state"], job["attempt"]) == ("succeeded", 2)
 
 
 def test_the_pipeline_compiles(kfp: Path, tmp_path: Path) -> None:
