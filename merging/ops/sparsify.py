@@ -12,6 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from merging.ops.blocks import block_size, blocks_of
+from merging.ops.quantiles import kth_magnitude
+
+_MANY = 1 << 19
+"""Entries from which histograms are quicker than a selection among bfloat16 differences."""
 
 
 class KeepFromThresholds:
@@ -74,8 +78,8 @@ class KeepCounts(KeepFromThresholds):
             threshold, num_ties = (0.0 if num_kept else math.inf), 0
             if 0 < num_kept < base.numel():
                 self._write_magnitudes(base, expert, scratch_N)
-                threshold = kth_largest(scratch_N, num_kept)
-                num_ties = num_kept - count_above(scratch_N, threshold)
+                threshold, num_above = _kth_magnitude(scratch_N, num_kept)
+                num_ties = num_kept - num_above
             self._thresholds.append(threshold)
             self._ties_left.append(num_ties)
 
@@ -108,6 +112,14 @@ class KeepLargest(KeepCounts):
     ) -> None:
         counts = [max(1, int(density * base.numel())) for density in densities]
         super().__init__(base, experts, counts, scratch_N)
+
+
+def _kth_magnitude(values_N: torch.Tensor, k: int) -> tuple[float, int]:
+    """Exact k-th largest of magnitudes, and how many are larger; they are used up."""
+    if values_N.dtype == torch.float32 and values_N.numel() >= _MANY:
+        return kth_magnitude(values_N, k)
+    threshold = kth_largest(values_N, k)
+    return threshold, count_above(values_N, threshold)
 
 
 def kth_largest(values_N: torch.Tensor, k: int) -> float:

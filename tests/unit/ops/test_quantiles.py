@@ -1,0 +1,68 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from merging.ops.quantiles import (
+    choose_coarse,
+    choose_fine,
+    count_coarse,
+    count_fine,
+    kth_magnitude,
+    read_thresholds,
+)
+
+SIZES = [1, 3, 1000, 40_000, 70_000, 200_000]
+
+
+def task_vector(size: int, kind: str) -> torch.Tensor:
+    values = 1e-3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    if kind == "coarse":  # as differences of bfloat16 weights: few different magnitudes
+        return (values + 1).bfloat16().float() - 1
+    if kind == "zeros":
+        return values * (torch.arange(size) % 3 == 0)
+    return values
+
+
+@pytest.mark.parametrize("kind", ["fine", "coarse", "zeros"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kth_magnitude_is_the_sorted_ones(size: int, kind: str) -> None:
+    magnitudes = task_vector(size, kind).abs()
+    ordered = magnitudes.sort(descending=True).values
+    for k in {1, 1 + size // 5, 1 + size // 2, size}:
+        value, above = kth_magnitude(magnitudes, k)
+        assert value == ordered[k - 1]
+        assert above == int((magnitudes > value).sum())
+
+
+@pytest.mark.parametrize("keeps_ties", [True, False])
+@pytest.mark.parametrize("kind", ["fine", "coarse", "zeros"])
+def test_thresholds_over_parts_and_tiles_are_those_of_the_whole(
+    kind: str, keeps_ties: bool
+) -> None:
+    """Two parts: one in tiles, with counts; a small one, with its patterns."""
+    densities = [0.2, 0.7, 1.0]
+    large = [task_vector(200_000 + n, kind)[:200_000] for n in range(3)]
+    small = [task_vector(500 + n, kind)[:500] for n in range(3)]
+    cuts = list(pairwise([0, 65_536, 131_072, 200_000]))
+
+    def parts(count):
+        of_tiles = sum(
+            count(torch.zeros(b - a), iter([t[a:b] for t in large]), is_tile=a > 0) for a, b in cuts
+        )
+        return iter([of_tiles, count(torch.zeros(500), iter(small), is_tile=False)])
+
+    coarse = parts(lambda base, experts, **k: count_coarse(base, experts, densities, **k))
+    chosen = choose_coarse(coarse, densities, keeps_ties=keeps_ties)
+    fine = parts(lambda base, experts, **k: count_fine(base, experts, chosen, **k))
+    thresholds, ties = read_thresholds(choose_fine(fine, chosen, keeps_ties=keeps_ties))
+    for expert, density in enumerate(densities[:2]):
+        whole = torch.cat([large[expert], small[expert]]).abs()
+        kept = int(density * whole.numel())
+        if keeps_ties:
+            assert thresholds[expert] == torch.kthvalue(whole, whole.numel() - kept).values
+            assert ties[expert] == float("inf")
+        else:
+            assert thresholds[expert] == whole.sort(descending=True).values[kept - 1]
+            assert ties[expert] == kept - int((whole > thresholds[expert]).sum())
+    assert (thresholds[2], ties[2]) == (0, float("inf"))
