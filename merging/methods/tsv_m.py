@@ -4,7 +4,8 @@ Source: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in M
 2025, arXiv:2412.00081, algorithm 1: of each of n task vectors ⌊min(O, I)/n⌋ singular triplets are
 kept; left and right vectors of all are replaced by the nearest orthonormal ones.
 Differences from the source: an expert equal to the base takes no part; a layer that a single expert
-changed gets that expert's task vector.
+changed gets that expert's task vector; triplets beyond the rank of a task vector, as that of an
+adapter, are left out, since their vectors are rounding and push the others aside.
 
 Needs the base model. Not separable. Experts are read one at a time.
 Precision: float32 (float64 if the base or the first expert is), one rounding at the end.
@@ -37,14 +38,19 @@ def find_update(
     base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task
 ) -> tuple[torch.Tensor, Calibration]:
     """A layer's update. Reports norms and the share of the task vectors that is kept."""
-    from merging.ops.spectral_merge import Triplets, decorrelate, leading_triplets
+    from merging.ops.spectral_merge import (
+        Triplets,
+        decorrelate,
+        leading_triplets,
+        without_rounding,
+    )
     from merging.ops.task_sums import update_by_sums
 
     parts: list[Triplets] = []
 
     def visit(T: torch.Tensor) -> None:
         count = max(1, min(T.shape) // len(task.expert_parameters))
-        parts.append(leading_triplets(T, count))
+        parts.append(without_rounding(leading_triplets(T, count)))
 
     return update_by_sums(base, experts, task, lambda _: decorrelate(parts), visit=visit)
 
@@ -75,10 +81,6 @@ register(
         separable="whole",
         streaming=True,
         takes_adapters=True,
-        adapter_note=(
-            "TSV-M uses singular directions beyond the rank of adapters, known by rounding only"
-            " and disturbing the others; swudi_a uses none."
-        ),
         default_touch="linear",
         default_rest="mean",
         staged=RULE.staged(),

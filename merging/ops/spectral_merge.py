@@ -12,6 +12,9 @@ import torch
 
 from merging.ops.problem import SolveError
 
+_ROUNDING = 10
+"""Singular values below so many units of rounding of the largest are 0 but for rounding."""
+
 
 class Triplets(NamedTuple):
     """Leading singular triplets of a matrix: left (O×K), values (K), right (K×I)."""
@@ -32,6 +35,17 @@ def leading_triplets(M: torch.Tensor, count: int) -> Triplets:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # public, not exported
         raise SolveError("a matrix has no singular values; are all inputs finite?") from error
     return Triplets(U[:, :count], S[:count], Vt[:count])
+
+
+def without_rounding(part: Triplets) -> Triplets:
+    """Triplets less those whose value is 0 but for rounding.
+
+    Their vectors mean nothing, and would push those that do aside: an adapter has as many
+    directions as its rank.
+    """
+    limit = _ROUNDING * torch.finfo(part.values.dtype).eps * part.values[:1]
+    count = int((part.values > limit).sum())
+    return Triplets(part.left[:, :count], part.values[:count], part.right[:count])
 
 
 def polar_factor(M: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,8 @@ TOLERANCES = {"arcee_fusion": 0.1}
 """A method that chooses entries by a threshold may choose single ones otherwise."""
 
 DECIDED_BY_ROUNDING = {"tsv_m", "iso_cts"}
-"""These give weight to singular directions beyond an adapter's rank, which only rounding tells."""
+"""Of task vectors of low rank that are stored as whole weights, these use directions that only
+rounding tells; of an adapter, TSV-M uses none."""
 
 
 @pytest.mark.parametrize("method", sorted(all_methods().keys() - DECIDED_BY_ROUNDING))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from merging.ops.low_rank import Adapter
 from tests.support import oracle
 from tests.support.tensors import make_models, merge, relative_difference
 
@@ -53,3 +54,17 @@ def test_tasks_that_share_no_direction_are_added_up() -> None:
             expert[4 * number + place, 6 * number + place] = 1.0 + place
     merged = merge("tsv_m", torch.zeros(12, 18), experts)
     torch.testing.assert_close(merged, experts[0] + experts[1] + experts[2])
+
+
+def test_directions_beyond_an_adapters_rank_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(
+            torch.randn((48, 3), generator=generator), torch.randn((3, 64), generator=generator)
+        )
+        for _ in range(4)
+    ]
+    vectors = [(adapter.up.double() @ adapter.down.double()).numpy() for adapter in adapters]
+    merged = merge("tsv_m", torch.zeros(48, 64), adapters)  # type: ignore[arg-type] # it takes both
+    expected = oracle.tsv_m(vectors, num_tasks=48 // 3)  # three triplets of each, not twelve
+    assert relative_difference(merged, expected) < 1e-4
