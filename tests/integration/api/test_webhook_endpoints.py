@@ -47,7 +47,7 @@ def test_an_endpoint_shows_everything_but_its_secret(api: LiveApi, endpoint: Any
         "job.failed",
         "job.cancelled",
     ]
-    assert api.admin.get(PATH).json()["data"] == [shown]
+    assert shown in api.admin.get(PATH).json()["data"]
 
 
 def test_no_secret_and_no_key_is_in_the_database(api: LiveApi, endpoint: Any) -> None:
