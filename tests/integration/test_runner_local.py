@@ -32,13 +32,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def submit(store: SqlJobStore, family: Family, output: Path) -> JobRecord:
-    document = recipe(family, "ties")
+def submit(store: SqlJobStore, family: Family, output: Path, method: str = "ties") -> JobRecord:
+    document = recipe(family, method)
     job = NewJob(
         recipe_source=document,
         recipe=document,
         recipe_digest=parse_recipe(document).digest,
-        method="ties",
+        method=method,
         output_uri=str(output),
         options=OPTIONS,
     )
@@ -57,13 +57,15 @@ def family(tmp_path: Path) -> Family:
     return make_family(tmp_path / "models", num_experts=2)
 
 
+@pytest.mark.parametrize(("method", "workers"), [("ties", 2), ("iso_wudi", 1), ("iso_wudi", 4)])
 def test_a_job_gives_the_bytes_that_the_engine_gives_by_itself(
-    store: SqlJobStore, family: Family, tmp_path: Path
+    store: SqlJobStore, family: Family, tmp_path: Path, method: str, workers: int
 ) -> None:
-    plan = plan_merge(family, "ties", open_storage(), tmp_path / "direct", **OPTIONS)
+    """The second method works in stages."""
+    plan = plan_merge(family, method, open_storage(), tmp_path / "direct", **OPTIONS)
     run_plan(plan, open_storage())
     roots = (str(tmp_path),)
-    pool = LocalPool(2)
+    pool = LocalPool(workers)
     runner = Runner(
         store,
         lambda: open_storage(roots),
@@ -71,7 +73,7 @@ def test_a_job_gives_the_bytes_that_the_engine_gives_by_itself(
         RunnerSettings(storage_roots=roots, device="cpu", claim_seconds=0.05),
     )
     runner.start()
-    job = submit(store, family, tmp_path / "by-job")
+    job = submit(store, family, tmp_path / "by-job", method)
     wait_until(lambda: store.get(job.id).is_terminal)
     done = store.get(job.id)
     assert (done.state, done.error) == (JobState.SUCCEEDED, None)
