@@ -145,6 +145,10 @@ class Client:
         """Cancel a job: ``orderly``, or ``now``."""
         return self._call("POST", f"/v1/jobs/{job_id}/cancel", json={"mode": mode})
 
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Queue a failed job again as its next attempt."""
+        return self._call("POST", f"/v1/jobs/{job_id}/retry")
+
     def plan(
         self, recipe: str | Mapping[str, Any], output_uri: str, **fields: Any
     ) -> dict[str, Any]:
@@ -172,6 +176,8 @@ class Client:
     def events(self, job_id: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """Every event of a job from ``after`` on, live, without gaps, until it is finished.
 
+        A job that was retried has an end for each attempt; the last one is meant.
+
         A lost connection is taken up again where it broke, for five minutes.
         """
         last, heard_at = after, time.monotonic()
@@ -180,7 +186,7 @@ class Client:
                 for event in self._stream(job_id, last):
                     last, heard_at = event["seq"], time.monotonic()
                     yield event
-                    if event["type"] == "job.finished":
+                    if event["type"] == "job.finished" and not self._goes_on(job_id, event):
                         return
                 if self._is_over(job_id, last):
                     return
@@ -190,6 +196,11 @@ class Client:
                 if not is_lost or time.monotonic() - heard_at > _PATIENCE_SECONDS:
                     raise
             time.sleep(_RECONNECT_SECONDS)
+
+    def _goes_on(self, job_id: str, end: dict[str, Any]) -> bool:
+        """Whether the end of an attempt was followed by a retry."""
+        attempt: int | None = end.get("attempt")
+        return self.job(job_id).get("attempt", attempt) != attempt
 
     def _is_over(self, job_id: str, last: int) -> bool:
         """Whether a stream that ended said everything; a service that stops ends its streams."""

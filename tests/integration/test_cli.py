@@ -105,7 +105,10 @@ def test_planning_loads_nothing_heavy(family: Family, tmp_path: Path) -> None:
 def test_without_a_command_there_is_help() -> None:
     said = mergeyard()
     assert said.status == 2
-    for command in ("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"):
+    for command in (
+        *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"),
+        *("propose", "run", "retry", "logs", "cancel"),
+    ):
         assert command in said.out + said.err
 
 
@@ -294,6 +297,25 @@ def test_a_job_is_submitted_followed_and_listed(
     assert "succeeded" in mergeyard("cancel", job_id).error
 
 
+def test_a_plan_is_proposed_and_then_run_as_it_is(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    path, output = write_recipe(tmp_path, family), home / "as-proposed"
+    *shown, plan_id = mergeyard("propose", path, "-o", output, "--seed", 5).out.splitlines()
+    assert plan_id.startswith("plan_")
+    assert shown
+    as_json = json.loads(mergeyard("propose", path, "-o", output, "--seed", 5, "--json").out)
+    assert not output.exists()
+    said = mergeyard("run", plan_id, "--label", "team=vision", "--watch")
+    job_id, end = said.out.splitlines()
+    assert end == f"succeeded  {output}"
+    with connected.client() as client:
+        job = client.job(job_id)
+    assert (job["plan_id"], job["labels"]) == (plan_id, {"team": "vision"})
+    assert job["plan_digest"] == as_json["plan_digest"]
+    assert "only a failed job can be retried" in mergeyard("retry", job_id).error
+
+
 def test_a_job_is_cancelled_and_says_so(
     connected: LiveService, family: Family, home: Path, tmp_path: Path
 ) -> None:
@@ -320,7 +342,11 @@ def test_a_job_that_fails_ends_the_command_with_its_reason(
     assert said.status == 1
     assert len(said.out.split()) == 1
     last = said.err.splitlines()[-1]
-    assert last.startswith(f"error: job {said.out.strip()} failed: Cannot ")
+    job_id = said.out.strip()
+    assert last.startswith(f"error: job {job_id} failed: Cannot ")
+    (home / "a-file").unlink()
+    again = mergeyard("retry", job_id, "--watch").out.splitlines()
+    assert again == [f"{job_id} queued", f"succeeded  {home / 'a-file' / 'merged'}"]
     assert "a part of the path is a file" in last
 
 
