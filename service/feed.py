@@ -2,7 +2,7 @@
 
 The table of events is the truth and every stream reads it at its own position: nothing is queued
 for a slow reader and nothing is lost by a quick restart. What is shared is the question whether
-there is anything new: one task per watched job asks the store, however many clients wait.
+there is anything new: one task asks the store, once for all watched jobs and clients that wait.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from service.jobs.errors import NotFoundError, StoreUnavailableError
+from service.jobs.errors import StoreUnavailableError
 from service.jobs.store import JobQueue
 
 POLL_SECONDS = 0.3
-"""How stale a stream may be; each watched job costs one small query in this time."""
+"""How stale a stream may be; all of them together cost one small query in this time."""
 
 
 class Watch:
@@ -66,7 +66,8 @@ class EventFeed:
     def __init__(self, store: JobQueue, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._store = store
         self._poll_seconds = poll_seconds
-        self._watches: dict[str, tuple[Watch, asyncio.Task[None]]] = {}
+        self._watches: dict[str, Watch] = {}
+        self._asking: asyncio.Task[None] | None = None
         self._readers: dict[str, int] = {}
         self._is_closed = False
         self._log = structlog.get_logger("mergeyard.events")
@@ -84,38 +85,48 @@ class EventFeed:
     @asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[Watch]:
         """Follow a job while the context lasts."""
-        if job_id not in self._watches:
-            watch = Watch()
-            if self._is_closed:
-                watch.end()
-            self._watches[job_id] = watch, asyncio.create_task(self._ask(job_id, watch))
+        watch = self._watches.get(job_id)
+        if watch is None:
+            watch = self._watches[job_id] = Watch()
+        if self._is_closed:
+            watch.end()
+        elif self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
         self._readers[job_id] = self._readers.get(job_id, 0) + 1
         try:
-            yield self._watches[job_id][0]
+            yield watch
         finally:
             self._readers[job_id] -= 1
             if not self._readers[job_id]:
-                del self._readers[job_id]
-                self._watches.pop(job_id)[1].cancel()
+                del self._readers[job_id], self._watches[job_id]
+            if self._asking is not None and not self._watches:
+                self._asking.cancel()
+                self._asking = None
 
     def close(self) -> None:
         """End all watches, those to come included: streams finish and clients go elsewhere."""
         self._is_closed = True
-        for watch, _ in self._watches.values():
+        for watch in self._watches.values():
             watch.end()
 
-    async def _ask(self, job_id: str, watch: Watch) -> None:
+    async def _ask(self) -> None:
         try:
-            while not watch.is_over:
-                await self._ask_once(job_id, watch)
+            while not self._is_closed:
+                await self._ask_once()
                 await asyncio.sleep(self._poll_seconds)
-        finally:
-            watch.end()
+        finally:  # also after a defect: better that clients come back than that they wait
+            for watch in self._watches.values():
+                watch.end()
 
-    async def _ask_once(self, job_id: str, watch: Watch) -> None:
+    async def _ask_once(self) -> None:
+        watched = {job_id: watch for job_id, watch in self._watches.items() if not watch.is_over}
         try:
-            watch.note(await run_in_threadpool(self._store.last_event, job_id))
-        except NotFoundError:
-            watch.end()
+            found = await run_in_threadpool(self._store.last_events, list(watched))
         except StoreUnavailableError as error:  # streams stay open until it is back
-            self._log.warning("event_feed_waits", job_id=job_id, reason=error.detail)
+            self._log.warning("event_feed_waits", reason=error.detail)
+            return
+        for job_id, watch in watched.items():
+            if job_id in found:
+                watch.note(found[job_id])
+            else:
+                watch.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -78,14 +79,11 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             return [to_record(row, EventRecord) for row in connection.execute(query)]
 
-    def last_event(self, job_id: str) -> int:
-        """See :meth:`service.jobs.store.JobQueue.last_event`."""
-        query = sa.select(jobs.c.event_seq).where(jobs.c.id == job_id)
+    def last_events(self, job_ids: Collection[str]) -> dict[str, int]:
+        """See :meth:`service.jobs.store.JobQueue.last_events`."""
+        query = sa.select(jobs.c.id, jobs.c.event_seq).where(jobs.c.id.in_(job_ids))
         with self._read() as connection:
-            seq: int | None = connection.execute(query).scalar_one_or_none()
-        if seq is None:
-            raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
-        return seq
+            return {row.id: row.event_seq for row in connection.execute(query)}
 
     def load_plan(self, job_id: str) -> Plan | None:
         """See :meth:`service.jobs.store.JobQueue.load_plan`."""

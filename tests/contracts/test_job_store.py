@@ -46,7 +46,7 @@ def types(store: SqlJobStore, job_id: str) -> list[str]:
 
 def assert_gapless(store: SqlJobStore, job_id: str) -> None:
     seqs = [event.seq for event in store.events(job_id)]
-    assert seqs == list(range(1, store.last_event(job_id) + 1))
+    assert seqs == list(range(1, store.get(job_id).event_seq + 1))
 
 
 # -- states
@@ -302,10 +302,10 @@ def test_a_stale_claim_can_write_nothing(
     else:
         clock.advance(61)
         assert store.claim("runner-1" if "itself" in loss else "runner-2", 60)
-    before = (store.get(job.id), store.shards(job.id), store.last_event(job.id))
+    before = (store.get(job.id), store.shards(job.id), store.get(job.id).event_seq)
     with pytest.raises(StaleLeaseError, match=job.id):
         WRITES[write](store, stale)
-    assert (store.get(job.id), store.shards(job.id), store.last_event(job.id)) == before
+    assert (store.get(job.id), store.shards(job.id), store.get(job.id).event_seq) == before
 
 
 # -- plans, shards, progress
@@ -335,11 +335,11 @@ def test_repeated_records_change_nothing(store: SqlJobStore) -> None:
     store.save_plan(claim, plan)
     store.set_phase(claim, "merging")
     store.record_shard(claim, 1, ShardState.RUNNING, attempt=1)
-    before = store.last_event(job.id)
+    before = store.get(job.id).event_seq
     store.save_plan(claim, plan)
     store.set_phase(claim, "merging")
     store.record_shard(claim, 1, ShardState.RUNNING, attempt=1)
-    assert store.last_event(job.id) == before
+    assert store.get(job.id).event_seq == before
 
 
 def test_progress_never_goes_back_within_an_attempt(store: SqlJobStore) -> None:
@@ -438,7 +438,7 @@ def test_events_are_read_from_any_place_on(store: SqlJobStore) -> None:
 
 
 def test_a_job_that_is_not_there_is_named(store: SqlJobStore) -> None:
-    for call in (store.get, store.request_cancel, store.retry, store.delete, store.last_event):
+    for call in (store.get, store.request_cancel, store.retry, store.delete):
         with pytest.raises(NotFoundError, match="job_none"):
             call("job_none")
 

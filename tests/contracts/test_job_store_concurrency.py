@@ -34,7 +34,7 @@ def at_once(count: int, work: Callable[[int], Result]) -> list[Result]:
 def test_events_of_many_writers_are_numbered_without_gaps(store: SqlJobStore) -> None:
     job, claim = bring_to(store, JobState.RUNNING)
     assert claim
-    first = store.last_event(job.id)
+    first = store.get(job.id).event_seq
 
     def write(number: int) -> None:
         for turn in range(10):

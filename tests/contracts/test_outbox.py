@@ -191,7 +191,7 @@ def test_an_announcement_that_cannot_be_written_undoes_the_change(
     with pytest.raises(RuntimeError, match="power"):
         store.transition(claim, JobState.FAILED, error=ERROR)
     assert store.get(job.id).state == JobState.RUNNING
-    assert store.last_event(job.id) == job.event_seq
+    assert store.get(job.id).event_seq == job.event_seq
 
 
 # -- taking and finishing

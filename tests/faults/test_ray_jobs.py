@@ -77,10 +77,12 @@ def test_the_loss_of_its_own_ray_in_mid_job_costs_the_shards_in_flight(
         head.kill()
         events = end(service, job_id)
     assert weight_bytes(home / "own-lost") == undisturbed
-    retried = [
-        event["data"]["error"]["code"] for event in events if event["type"] == "shard.retried"
-    ]
-    assert set(retried) <= {"worker_lost"}
+    assert codes_of_retries(events) <= {"worker_lost"}
+
+
+def codes_of_retries(events: list[dict[str, Any]]) -> set[str]:
+    """Why shards were tried again."""
+    return {e["data"]["error"]["code"] for e in events if e["type"] == "shard.retried"}
 
 
 class RayHead:
@@ -147,4 +149,4 @@ def test_a_cluster_whose_head_restarts_in_mid_job_is_joined_anew(
             head.start()
             events = end(service, job_id)
     assert weight_bytes(home / "head-lost") == undisturbed
-    assert [event["type"] for event in events].count("shard.retried") <= 3
+    assert codes_of_retries(events) == {"worker_lost"}

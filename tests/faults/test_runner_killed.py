@@ -73,7 +73,7 @@ def test_a_job_survives_the_death_of_two_runners(tmp_path: Path) -> None:
     assert end.fencing_token == 3
     kinds = [str(event.type) for event in store.events(job.id, limit=10_000)]
     assert kinds.count("job.finished") == 1
-    assert len(kinds) == store.last_event(job.id)
+    assert len(kinds) == store.get(job.id).event_seq
     redone = kinds.count("shard.started") - end.progress.shards_total
     assert redone <= 2  # at most what was in flight at each death
     leftovers = [path for path in (tmp_path / "merged").rglob("*") if ".mergeyard" in str(path)]

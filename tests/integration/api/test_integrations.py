@@ -108,7 +108,7 @@ def test_a_stream_ends_although_an_integration_finished_after_the_job(api: LiveA
     taken = take_of(api, job.id)
     made = AttemptOutcome(state=DeliveryState.DELIVERED, url=f"{MLFLOW}/x")
     api.store.finish_attempt(taken.delivery, made)
-    last = api.store.last_event(job.id)
+    last = api.store.get(job.id).event_seq
     for after in (0, last - 1):
         response = api.admin.get(
             f"/v1/jobs/{job.id}/events?after={after}", headers={"Accept": "text/event-stream"}

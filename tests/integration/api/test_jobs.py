@@ -355,7 +355,7 @@ def test_events_of_a_job_come_in_pages(api: LiveApi) -> None:
     assert claim is not None
     for number in range(5):
         api.store.append_event(claim, EventType.JOB_WARNING, {"number": number})
-    total = api.store.last_event(job.id)
+    total = api.store.get(job.id).event_seq
     found, url = [], f"/v1/jobs/{job.id}/events?limit=2"
     while url:
         page = api.admin.get(url).json()

@@ -128,12 +128,12 @@ def test_a_runner_that_wakes_up_after_a_takeover_writes_nothing(bench: Bench) ->
     other = bench.runner()
     other.pool.holding = True
     other.turn_until(lambda: other.pool.in_flight)
-    before = bench.store.last_event(job.id)
+    before = bench.store.get(job.id).event_seq
     stalled.pool.holding = False
     for _ in range(5):
         stalled.runner.tick(0)
         stalled.runner.heartbeat.beat()
-    assert bench.store.last_event(job.id) == before
+    assert bench.store.get(job.id).event_seq == before
     assert stalled.pool.in_flight == []
     other.pool.holding = False
     other.finish(job)

@@ -243,7 +243,7 @@ def test_progress_is_told_once_a_second_with_the_counts_of_shards(bench: Bench) 
     runner.turn_until(lambda: len(pool.in_flight) == NUM_SHARDS)
     runner.turn(3)
     first = pool.in_flight[0]
-    before = bench.store.last_event(job.id)
+    before = bench.store.get(job.id).event_seq
     for tensors in (1, 1, 2, 2):
         pool.report_progress(first, tensors)
         runner.turn()  # half a second
@@ -251,9 +251,9 @@ def test_progress_is_told_once_a_second_with_the_counts_of_shards(bench: Bench) 
     assert [event.data["shards"] for event in told] == [[[0, 1, 1, 1]], [[0, 2, 2, 2]]]
     assert bench.store.get(job.id).progress.bytes_done > 0
     assert bench.store.get(job.id).estimated_finish_at is not None
-    quiet = bench.store.last_event(job.id)
+    quiet = bench.store.get(job.id).event_seq
     runner.turn(10)
-    assert bench.store.last_event(job.id) <= quiet + 1
+    assert bench.store.get(job.id).event_seq <= quiet + 1
     pool.holding = False
     (done,) = runner.finish(job)
     assert done.estimated_finish_at is None
@@ -268,7 +268,7 @@ def test_progress_of_a_long_job_is_told_ever_more_rarely_but_always_fresh(bench:
 
     def told_in(turns: int, pause: float) -> int:
         """Events of progress while the job gets on with each pause."""
-        before = bench.store.last_event(job.id)
+        before = bench.store.get(job.id).event_seq
         for turn in range(turns):
             pool.report_progress(pool.in_flight[turn % 2], 1 + turn // 2 % 2)
             bench.clock.advance(pause)
