@@ -3,8 +3,9 @@
 Source: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
 Subspaces", ICML 2025, arXiv:2502.04959, algorithm 2.
 Differences from the source: the factor on the update follows a rule unless a number is given
-(:mod:`merging.calibrated`); an expert equal to the base takes no part; a layer that a single expert
-changed gets that expert's task vector.
+(:mod:`merging.calibrated`); directions that no expert has stay empty, so that adapters, which have
+few, are not filled up with noise; an expert equal to the base takes no part; a layer that a single
+expert changed gets that expert's task vector.
 
 Needs the base model, and all experts at once: the common directions come first. Not separable.
 Precision: float32 (float64 if the base or the first expert is), one rounding at the end.
@@ -89,10 +90,6 @@ register(
         separable="whole",
         streaming=True,
         takes_adapters=True,
-        adapter_note=(
-            "Iso-CTS uses singular directions beyond the rank of adapters, known by rounding only"
-            " and disturbing the others; swudi_a uses none."
-        ),
         default_touch="linear",
         default_rest="mean",
         staged=RULE.staged(),

@@ -37,13 +37,18 @@ def leading_triplets(M: torch.Tensor, count: int) -> Triplets:
     return Triplets(U[:, :count], S[:count], Vt[:count])
 
 
-def without_rounding(part: Triplets) -> Triplets:
+def without_rounding(part: Triplets, like: torch.Tensor | None = None) -> Triplets:
     """Triplets less those whose value is 0 but for rounding.
 
     Their vectors mean nothing, and would push those that do aside: an adapter has as many
     directions as its rank.
+
+    Args:
+        part: The triplets.
+        like: Singular values, largest first, of what rounding was made with; by default the part's.
     """
-    limit = _ROUNDING * torch.finfo(part.values.dtype).eps * part.values[:1]
+    largest = (part.values if like is None else like)[:1]
+    limit = _ROUNDING * torch.finfo(part.values.dtype).eps * largest
     count = int((part.values > limit).sum())
     return Triplets(part.left[:, :count], part.values[:count], part.right[:count])
 
@@ -85,8 +90,12 @@ def common_and_task_specific(
     """
     size, count = min(total.shape), len(vectors)
     each = round((size - int(common_share * size)) / count)
-    common = leading_triplets(total, size - each * count)
-    parts = [leading_triplets(T - common.left @ (common.left.mT @ T), each) for T in vectors]
-    parts.append(common)
-    mean = torch.cat([part.values for part in parts]).mean()
-    return decorrelate(parts, mean.expand(size))
+    common = without_rounding(leading_triplets(total, size - each * count))
+    parts = [
+        without_rounding(
+            leading_triplets(T - common.left @ (common.left.mT @ T), each), like=common.values
+        )
+        for T in vectors
+    ]
+    values = torch.cat([*(part.values for part in parts), common.values])
+    return decorrelate([*parts, common], values.mean().expand(len(values)))

@@ -49,3 +49,16 @@ def test_with_common_directions_alone_it_is_iso_c() -> None:
     base, experts = make_models((24, 40), 3, dtype=torch.float64)
     merged = merge("iso_cts", base, experts, {"common_space_fraction": 1.0})
     torch.testing.assert_close(merged, merge("iso_c", base, experts))
+
+
+def test_directions_beyond_the_adapters_ranks_stay_empty() -> None:
+    """The sum of few adapters has all their directions: nothing is left of a task's own."""
+    generator = torch.Generator().manual_seed(0)
+    experts = [
+        torch.randn((48, 3), generator=generator) @ torch.randn((3, 64), generator=generator)
+        for _ in range(4)
+    ]
+    merged = merge("iso_cts", torch.zeros(48, 64), experts)
+    torch.testing.assert_close(
+        merged, merge("iso_c", torch.zeros(48, 64), experts), rtol=1e-3, atol=1e-3
+    )
