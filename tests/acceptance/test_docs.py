@@ -101,8 +101,8 @@ def test_the_quickstart_runs(desk: Path, variables: dict[str, str]) -> None:
     ]
     said = run_shell(commands, desk, variables)
     assert "are as they were written" in said
-    outputs = ["merged", "merged-by-service", "merged-later"]
-    assert said.count(f"succeeded  {desk}/") == 2
+    outputs = ["merged", "merged-by-service", "merged-as-planned", "merged-later"]
+    assert said.count(f"succeeded  {desk}/") == 3
     programs = blocks(QUICKSTART, "python")
     assert len(programs) == 2
     digests = {run_python(program, desk, variables).split()[-1] for program in programs}
