@@ -28,6 +28,7 @@ from service.api import (
     sessions,
     tokens,
     webhook_endpoints,
+    workers,
 )
 from service.api.deps import ReadinessCheck, Services
 from service.api.errors import install_error_handlers
@@ -66,6 +67,7 @@ _ROUTERS = (
     tokens,
     sessions,
     webhook_endpoints,
+    workers,
 )
 
 

@@ -17,11 +17,15 @@ import { ProblemNotice } from "./ui/parts";
 const JobPage = lazy(() => import("./pages/Job").then((module) => module.JobPage));
 const NewMergePage = lazy(() => import("./pages/NewMerge").then((module) => module.NewMergePage));
 const ComparePage = lazy(() => import("./pages/Compare").then((module) => module.ComparePage));
+const WorkersPage = lazy(() => import("./pages/Workers").then((module) => module.WorkersPage));
+const SettingsPage = lazy(() => import("./pages/Settings").then((module) => module.SettingsPage));
 
 const NAVIGATION = [
   ["jobs", "Jobs"],
   ["new", "New merge"],
   ["compare", "Compare"],
+  ["workers", "Workers"],
+  ["settings", "Settings"],
 ] as const;
 
 export function App() {
@@ -107,6 +111,8 @@ function CurrentPage({ segments }: { segments: string[] }) {
     jobs: JobsPage,
     new: NewMergePage,
     compare: ComparePage,
+    workers: WorkersPage,
+    settings: SettingsPage,
   }[page];
   if (Page && !id) return <Page />;
   return (

@@ -32,8 +32,10 @@ test("bytes that were undone by a repeated shard give no negative rate", () => {
 test("what remains is said once a twentieth is done", () => {
   const early = samples([[0, 0], [4, 4]]);
   expect(remaining(early, 1000, START + 4000)).toBeNull();
-  const later = samples([[0, 0], [10, 500]]);
-  expect(remaining(later, 1000, START + 10_000)).toEqual({ seconds: 10, isRough: false });
+  const soon = samples([[0, 0], [10, 500]]);
+  expect(remaining(soon, 1000, START + 10_000)).toEqual({ seconds: 10, isRough: true });
+  const later = samples([[0, 0], [10, 250], [20, 500]]);
+  expect(remaining(later, 1000, START + 20_000)).toEqual({ seconds: 20, isRough: false });
 });
 
 test("what remains is called rough where the speed has changed a lot", () => {

@@ -147,6 +147,29 @@ class ShardObject(BaseModel):
     error: dict[str, Any] | None
 
 
+class WorkerTask(BaseModel):
+    """The shard that a worker has."""
+
+    job_id: str
+    shard_index: int
+    file_name: str
+    started_at: datetime
+
+
+class WorkerObject(BaseModel):
+    """A worker process, as shards know it. One that has long been idle may be gone."""
+
+    object: Literal["worker"] = "worker"
+    id: str = Field(description="Host and process.")
+    node: str
+    device: str
+    is_busy: bool
+    task: WorkerTask | None
+    shards_done: int = Field(description="In the time that was asked for.")
+    bytes_done: int = Field(description="Read and written for these shards.")
+    last_seen_at: datetime
+
+
 class EventObject(BaseModel):
     """Something that happened to a job; ``seq`` counts from 1 without gaps."""
 

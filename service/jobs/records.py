@@ -253,6 +253,29 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: dict[str, Any] | None
 
 
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What shards say of a worker process; one that has long been idle may be gone.
+
+    Attributes:
+        worker: ``host:pid``.
+        device: Where it solves (``cpu``, ``cuda:0 NVIDIA …``).
+        job_id: Of the shard that it works on now; likewise the next three. None: idle.
+        shards_done: Published by it in the time that was asked for.
+        bytes_done: Read and written for these.
+        last_seen_at: When it last took a shard up or published one.
+    """
+
+    worker: str
+    device: str
+    job_id: str | None = None
+    shard_index: int | None = None
+    file_name: str | None = None
+    started_at: datetime | None = None
+    shards_done: int = 0
+    bytes_done: int = 0
+    last_seen_at: datetime
+
+
 class ShardCounts(msgspec.Struct, frozen=True, array_like=True):
     """How far one shard is; encoded as ``[shard_index, fetched, solved, written]`` in events."""
 

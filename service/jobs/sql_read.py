@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -10,11 +11,22 @@ import sqlalchemy as sa
 
 from merging.plan.plan import Plan
 from service.jobs.errors import NotFoundError
-from service.jobs.records import Backlog, EventRecord, JobCursor, JobFilter, JobRecord, ShardRecord
+from service.jobs.records import (
+    Backlog,
+    EventRecord,
+    JobCursor,
+    JobFilter,
+    JobRecord,
+    ShardRecord,
+    WorkerRecord,
+)
 from service.jobs.rows import to_record, unpack
 from service.jobs.sql_base import SqlBase
-from service.jobs.states import TERMINAL, JobState
-from service.jobs.tables import UtcDateTime, documents, events, jobs, shards
+from service.jobs.states import TERMINAL, JobState, ShardState
+from service.jobs.tables import ACTIVE, UtcDateTime, documents, events, jobs, shards
+
+_TASK = ("worker", "job_id", "file_name", "started_at")
+"""What is told of a shard that a worker has."""
 
 
 class ReadStatements(SqlBase):
@@ -67,6 +79,41 @@ class ReadStatements(SqlBase):
         query = sa.select(shards).where(shards.c.job_id == job_id).order_by(shards.c.index)
         with self._read() as connection:
             return [to_record(row, ShardRecord) for row in connection.execute(query)]
+
+    def workers(self, since: datetime) -> list[WorkerRecord]:
+        """See :meth:`service.jobs.store.JobQueue.workers`."""
+        is_busy = (shards.c.state == str(ShardState.RUNNING)) & jobs.c.state.in_(
+            [str(state) for state in ACTIVE]
+        )
+        is_done = shards.c.state == str(ShardState.SUCCEEDED)
+        moved = shards.c.bytes_read_total + shards.c.bytes_total
+        seen = sa.func.max(sa.func.coalesce(shards.c.finished_at, shards.c.started_at))
+        grouped = (
+            sa.select(
+                shards.c.worker,
+                sa.func.max(shards.c.device).label("device"),
+                sa.func.count().filter(is_done).label("shards_done"),
+                sa.func.coalesce(sa.func.sum(moved).filter(is_done), 0).label("bytes_done"),
+                sa.type_coerce(seen, UtcDateTime).label("last_seen_at"),
+            )
+            .join(jobs, jobs.c.id == shards.c.job_id)
+            .where(shards.c.worker.is_not(None), shards.c.device.is_not(None))
+            .where(is_busy | (shards.c.finished_at >= since))
+            .group_by(shards.c.worker)
+            .order_by(shards.c.worker)
+        )
+        busy = (
+            sa.select(*(shards.c[name] for name in _TASK), shards.c.index.label("shard_index"))
+            .join(jobs, jobs.c.id == shards.c.job_id)
+            .where(is_busy)
+            .order_by(shards.c.started_at)
+        )
+        with self._read() as connection:
+            tasks = {row.worker: row._asdict() for row in connection.execute(busy)}
+            return [
+                WorkerRecord(**{**tasks.get(row.worker, {}), **row._asdict()})
+                for row in connection.execute(grouped)
+            ]
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """See :meth:`service.jobs.store.JobQueue.events`."""

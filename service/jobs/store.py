@@ -39,6 +39,7 @@ from service.jobs.records import (
     ShardCounts,
     ShardRecord,
     TokenRecord,
+    WorkerRecord,
 )
 from service.jobs.states import JobState, ShardState
 
@@ -183,6 +184,9 @@ class JobQueue(Protocol):
 
     def shards(self, job_id: str) -> list[ShardRecord]:
         """The shards of a job in order; empty before there is a plan."""
+
+    def workers(self, since: datetime) -> list[WorkerRecord]:
+        """Workers that have a shard now or were seen since then, by name."""
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events with ``seq > after`` in order."""

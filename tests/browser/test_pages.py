@@ -80,6 +80,50 @@ def test_two_jobs_are_compared_side_by_side(page: Page, yard: Yard) -> None:
     expect(page.get_by_role("heading", name="Interference that is left, by layer")).to_be_visible()
 
 
+def test_workers_are_shown_with_what_they_have(page: Page, yard: Yard) -> None:
+    job_id = yard.submit("being-worked-on")
+    page.goto(f"{yard.service.url}/workers")
+    row = page.get_by_role("row", name=re.compile(job_id))
+    expect(row).to_contain_text("shard 0 of")
+    row.get_by_role("link").click()
+    expect(page).to_have_url(f"{yard.service.url}/jobs/{job_id}?tab=shards")
+    open_gate(yard.root / "being-worked-on", 99)
+    expect(page.get_by_test_id("sentence")).to_contain_text("Merged 2 experts")
+
+
+def test_a_token_is_made_used_and_revoked(page: Page, browser: Browser, yard: Yard) -> None:
+    page.goto(f"{yard.service.url}/settings")
+    page.get_by_label("Name").fill("reader")
+    page.get_by_role("button", name="Make the token").click()
+    secret = page.get_by_test_id("secret").text_content() or ""
+    with open_page(browser) as other:
+        log_in(other, yard.service.url, secret)
+        other.goto(f"{yard.service.url}/settings")
+        expect(other.get_by_text("This needs the scope admin")).to_be_visible()
+        page.get_by_role("row", name=re.compile("^reader")).get_by_role("button").click()
+        page.get_by_role("button", name="Revoke it").click()
+        expect(page.get_by_role("row", name=re.compile("^reader"))).to_contain_text("revoked")
+        other.goto(f"{yard.service.url}/jobs")
+        expect(other.get_by_label("API token")).to_be_visible()
+
+
+def test_a_webhook_endpoint_is_made_disabled_and_forgotten(page: Page, yard: Yard) -> None:
+    page.goto(f"{yard.service.url}/settings?tab=webhooks")
+    page.get_by_label("Address").fill("http://127.0.0.1/private")
+    page.get_by_role("button", name="Make the endpoint").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.get_by_label("Address").fill("https://hooks.example.org/merges")
+    page.get_by_role("button", name="Make the endpoint").click()
+    expect(page.get_by_test_id("secret")).to_contain_text("whsec_")
+    page.get_by_role("button", name="Send a test").click()  # nothing sends it in this service
+    expect(page.get_by_role("region", name="Deliveries")).to_contain_text("endpoint.test")
+    page.get_by_role("button", name="Disable").click()
+    expect(page.get_by_role("button", name="Enable")).to_be_visible()
+    page.get_by_role("button", name="Forget").click()
+    page.get_by_role("button", name="Forget it").click()
+    expect(page.get_by_text("Nobody is told of jobs yet.")).to_be_visible()
+
+
 def views(yard: Yard) -> Iterator[str]:
     """Every page, with something on it."""
     job_id = yard.submit("looked-at", options={"max_shard_size": "100kB", "overwrite": True})
@@ -87,6 +131,7 @@ def views(yard: Yard) -> Iterator[str]:
     with yard.api as api:
         assert api.get(f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}).text
     yield from ("jobs", "new", "new?as=form&example=ties", f"compare?job={job_id}&job={job_id}")
+    yield from ("workers", "settings", "settings?tab=webhooks", "settings?tab=about")
     for tab in ("", "shards", "report", "recipe", "events"):
         yield f"jobs/{job_id}?tab={tab}"
 

@@ -315,3 +315,43 @@ export interface Version {
   plan_format: number;
   packages: Record<string, string>;
 }
+
+export interface Worker {
+  id: string;
+  node: string;
+  device: string;
+  is_busy: boolean;
+  task: { job_id: string; shard_index: number; file_name: string; started_at: string } | null;
+  shards_done: number;
+  bytes_done: number;
+  last_seen_at: string;
+}
+
+export interface WebhookEndpoint {
+  id: string;
+  created_at: string;
+  url: string;
+  description: string;
+  events: string[];
+  format: string;
+  is_enabled: boolean;
+  secret?: string;
+  paused_until: string | null;
+  flagged_at: string | null;
+  flag: string | null;
+}
+
+export interface WebhookDelivery {
+  id: string;
+  message_id: string;
+  type: string;
+  data: Record<string, unknown>;
+  created_at: string;
+  state: string;
+  attempts: number;
+  due_at: string | null;
+  last_attempt_at: string | null;
+  response_status: number | null;
+  response_body: string | null;
+  error: string | null;
+}

@@ -4,6 +4,7 @@ import type { Sample } from "./fold";
 
 const WINDOW_MILLISECONDS = 30_000;
 const LEAST_MILLISECONDS = 2_000;
+const STEADY_MILLISECONDS = 20_000;
 
 /** Bytes a second over the last half minute; null while too little is known. */
 export function currentRate(samples: readonly Sample[], now: number): number | null {
@@ -24,7 +25,7 @@ export function currentRate(samples: readonly Sample[], now: number): number | n
 
 export interface Remaining {
   seconds: number;
-  /** Speed has varied so much that only the order of magnitude means something. */
+  /** Too little is known, or speed has varied so much, that only the order of magnitude counts. */
   isRough: boolean;
 }
 
@@ -47,7 +48,7 @@ export function remaining(
   const left = bytesTotal - last.bytes;
   const mean = left / Math.sqrt(recent * overall);
   const spread = Math.max(recent, overall) / Math.min(recent, overall);
-  return { seconds: mean, isRough: spread > 1.5 };
+  return { seconds: mean, isRough: spread > 1.5 || now - first.time < STEADY_MILLISECONDS };
 }
 
 export interface Series {

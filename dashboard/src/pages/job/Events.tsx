@@ -1,5 +1,6 @@
 import { useState } from "preact/hooks";
 
+import { apiUrl } from "../../api/client";
 import { clock, count } from "../../lib/format";
 import { eventSentence, isBad } from "../../lib/words";
 import { Card } from "../../ui/parts";
@@ -8,7 +9,7 @@ import type { TabProps } from "../Job";
 const STEP = 500;
 
 /** Everything that happened, newest first; each line opens to the event as programs see it. */
-export function EventsTab({ view }: TabProps) {
+export function EventsTab({ job, view }: TabProps) {
   const [text, setText] = useState("");
   const [most, setMost] = useState(STEP);
   const words = text.toLowerCase();
@@ -21,14 +22,17 @@ export function EventsTab({ view }: TabProps) {
       title={`${count(found.length)} events`}
       flush
       aside={
-        <input
-          class="input"
-          type="search"
-          placeholder="search the log"
-          aria-label="Search the log"
-          value={text}
-          onInput={(event) => setText(event.currentTarget.value)}
-        />
+        <span class="row">
+          <a href={apiUrl(`v1/jobs/${job.id}/logs`)}>as text</a>
+          <input
+            class="input"
+            type="search"
+            placeholder="search the log"
+            aria-label="Search the log"
+            value={text}
+            onInput={(event) => setText(event.currentTarget.value)}
+          />
+        </span>
       }
     >
       <ol class="log" tabIndex={0} aria-label="Events, newest first">

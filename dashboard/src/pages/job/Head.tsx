@@ -118,7 +118,7 @@ function remainingWords(
   if (left) {
     return left.isRough ? (
       <>
-        {duration(left.seconds)} <small>or so: the rate varies</small>
+        {duration(left.seconds)} <small>or so</small>
       </>
     ) : (
       duration(left.seconds)
