@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-HELPERS = frozenset({"__init__", "__main__", "records", "instant_service"})
+HELPERS = frozenset({"__init__", "__main__", "records", "instant_service", "large_job"})
 
 
 def main(arguments: list[str]) -> int:

@@ -12,6 +12,17 @@ const PHASES: Record<string, string> = {
   publishing: "Publishing",
 };
 
+const SHORT_PHASES: Record<string, string> = {
+  reading_headers: "Headers",
+  checking_output: "Output",
+  waiting_for_workers: "Workers",
+};
+
+/** For where there is little room. */
+export function shortPhaseName(name: string): string {
+  return SHORT_PHASES[name] ?? phaseName(name);
+}
+
 export function phaseName(name: string): string {
   const words = name.replaceAll("_", " ");
   return PHASES[name] ?? words.charAt(0).toUpperCase() + words.slice(1);

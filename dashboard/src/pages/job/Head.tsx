@@ -4,7 +4,7 @@ import { useMemo } from "preact/hooks";
 
 import type { JobDetail, JobPlan, Phase, Problem } from "../../api/types";
 import { bytes, count, dateTime, duration, percent, rate, seconds } from "../../lib/format";
-import { concerns, firstSentence, phaseName, remedy } from "../../lib/words";
+import { concerns, firstSentence, phaseName, remedy, shortPhaseName } from "../../lib/words";
 import type { JobView } from "../../live/fold";
 import { currentRate, remaining } from "../../live/rates";
 import type { LiveJob } from "../../live/useJobView";
@@ -141,7 +141,7 @@ export function Phases({ phases, now }: { phases: readonly Phase[]; now: number 
           style={{ flexGrow: String(Math.max((times[index] ?? 0) / total, 0.02) * 20) }}
           title={`${phaseName(phase.name)}: from ${dateTime(phase.started_at)}${phase.message ? `, ${phase.message}` : ""}`}
         >
-          <b>{phaseName(phase.name)}</b>
+          <b>{shortPhaseName(phase.name)}</b>
           <span class="num">{duration(times[index] ?? 0)}</span>
         </li>
       ))}
