@@ -12,7 +12,7 @@ one), and results have the bits of the undivided layer in these blocks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -67,17 +67,17 @@ def divide_large(
         divided = _divided(problem, stages)
         if divided is None or work[place] <= share:
             continue
-        best = min(_divisions(problem, divided, stages, workers, rate), key=lambda d: d.longest)
-        with_it = max(best.longest, share + (best.total - work[place]) / workers)
-        if with_it < _WORTH_IT * work[place]:
-            chosen[place] = divided, best
+        divisions = _divisions(problem, divided, stages, workers, rate)
+        bounds = [max(d.longest, share + (d.total - work[place]) / workers) for d in divisions]
+        if min(bounds) < _WORTH_IT * work[place]:
+            chosen[place] = divided, divisions[bounds.index(min(bounds))]
     sums = {
         place: stages.of_step(_sums(problems[place], divided), SUMS)
         for place, (divided, _) in chosen.items()
     }
     summed = dict(zip(sums, stages.write_apart(list(sums.values()), SUMS), strict=True))
     blocks = {
-        place: _rows(problems[place], divided, division.block, summed[place], stages)
+        place: list(_rows(problems[place], divided, division.block, summed[place], stages))
         for place, (divided, division) in chosen.items()
     }
     solved = iter(stages.write_apart(list(itertools.chain(*blocks.values())), ROWS))
@@ -116,7 +116,7 @@ def _divisions(
     for block in dict.fromkeys(-(-rows // (n * unit)) * unit for n in range(2, workers + 1)):
         count = -(-rows // block)
         nowhere = Source(0, 0, sums.num_entries * _ITEM, "F32")
-        first = _rows(problem, divided, block, nowhere, stages)[0]
+        first = next(_rows(problem, divided, block, nowhere, stages))
         end = Source(0, 0, (block * columns + divided.num_rows) * _ITEM, "F32")
         join = _join(problem, [end] * count, stages)
         if all(stages.budgets.hold(part) for part in (sums, first, join)):
@@ -138,13 +138,12 @@ def _sums(problem: Problem, divided: Divided) -> Problem:
 
 def _rows(
     problem: Problem, divided: Divided, block: int, sums: Source, stages: Intermediates
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """The update of each block of rows."""
     rows, columns = problem_geometry(problem).matrix
     right = columns * columns
     total = right + rows * columns
     end = total + rows * columns
-    found = []
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         of_rows = slice(start * columns, stop * columns)
@@ -165,8 +164,7 @@ def _rows(
             transposed=False,
         )
         solved = stages.of_step(some, ROWS)
-        found.append(msgspec.structs.replace(solved, row_block=problem.row_block or block))
-    return found
+        yield msgspec.structs.replace(solved, row_block=problem.row_block or block)
 
 
 def _join(problem: Problem, solved: Sequence[Source], stages: Intermediates) -> Problem:
