@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks import precision, solver
+from benchmarks import precision, service, solver
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,19 @@ def test_benchmarks_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[st
     assert any(line.startswith("solver ") and line.endswith(".") for line in lines)
     assert not any(line.startswith(("records", "__main__")) for line in lines)
     assert benchmarks.__main__.main(["nothing"]) == 2
+
+
+@pytest.mark.slow
+def test_the_service_records_what_readers_and_watchers_saw(tmp_path: Path) -> None:
+    path = tmp_path / "service.json"
+    service.main(
+        ["--jobs", "6", "--watchers", "3", "--reads-per-second", "20", "--json", str(path)]
+    )
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["shards"].startswith("stub")
+    assert figures["reads_failed"] == 0
+    assert figures["events_per_second"] > 0
+    assert (
+        figures["milliseconds"]["all reads"]["p99"] >= figures["milliseconds"]["all reads"]["p50"]
+    )
+    assert figures["memory"][-1]["jobs_done"] == 6
