@@ -93,13 +93,15 @@ class Load:
         self.latencies[route].append(time.perf_counter() - due)
 
     async def watch(self) -> None:
-        """Follow one job after another to its end, until cancelled."""
+        """Follow the newest job to its end, then the newest then, until cancelled."""
         headers = {"Accept": "text/event-stream"}
+        last = ""
         while True:
-            if not self.ids:
+            if not self.ids or self.ids[-1] == last:
                 await asyncio.sleep(0.1)
                 continue
-            path = f"/v1/jobs/{random.choice(self.ids[-300:])}/events"
+            last = self.ids[-1]
+            path = f"/v1/jobs/{last}/events"
             async with self.session.get(path, headers=headers) as stream:
                 async for line in stream.content:
                     self.events += line.startswith(b"data:")
@@ -121,7 +123,8 @@ async def run(chosen: argparse.Namespace, folder: Path, server: psutil.Process) 
     """Put the load on a started service; the figures."""
     start = json.loads((folder / "address").read_text())
     headers = {"Authorization": f"Bearer {start['token']}"}
-    connector = aiohttp.TCPConnector(limit=0)
+    # Idle connections go before the server closes them (after 5 s), which a request may cross.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
         start["url"], headers=headers, connector=connector, timeout=timeout
