@@ -93,7 +93,7 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
     for merge, own in zip(merges, reports, strict=True):
         _write_companions(merge, own, storage)
     for merge in merges:
-        storage.write_bytes(f"{merge.output_uri}/{INDEX_NAME}", _json(_weight_index(merge)))
+        storage.write_bytes(f"{merge.output_uri}/{INDEX_NAME}", weight_index(merge))
     if plan.variants:
         storage.write_bytes(f"{plan.output_uri}/{SWEEP_REPORT_NAME}", _json(report))
     _clear(plan, storage)
@@ -143,15 +143,18 @@ def read_report(storage: Storage, output_uri: str, name: str = REPORT_NAME) -> d
     return report
 
 
-def _weight_index(plan: Plan) -> dict[str, Any]:
+def weight_index(plan: Plan) -> bytes:
+    """The index of a checkpoint, as it is published."""
     weight_map = {
         problem.tensor_name: shard.file_name for shard in plan.outputs for problem in shard.problems
     }
     total = sum(data_bytes(problem) for shard in plan.outputs for problem in shard.problems)
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    return _json(
+        {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    )
 
 
 def _clear(plan: Plan, storage: Storage) -> None:

@@ -198,6 +198,21 @@ def cancel(
     print(f"{job['id']} {job['state']}")
 
 
+@app.command()
+def delete(
+    job_id: JobArgument,
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    output: Annotated[
+        bool, typer.Option("--output", help="Remove the merged checkpoint too.")
+    ] = False,
+) -> None:
+    """Forget a job that has ended; its checkpoint stays, unless it is to go too."""
+    with connect(url, token_file) as client:
+        client.delete(job_id, output="delete" if output else "keep")
+    print(f"{job_id} deleted")
+
+
 def _watch(client: Client, job_id: str) -> None:
     from service.client import ApiError
     from service.console import follow_job

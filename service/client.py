@@ -149,6 +149,10 @@ class Client:
         """Queue a failed job again as its next attempt."""
         return self._call("POST", f"/v1/jobs/{job_id}/retry")
 
+    def delete(self, job_id: str, *, output: str = "keep") -> None:
+        """Forget a job that has ended; with ``output="delete"`` remove its checkpoint too."""
+        self._send("DELETE", f"/v1/jobs/{job_id}", params={"output": output})
+
     def plan(
         self, recipe: str | Mapping[str, Any], output_uri: str, **fields: Any
     ) -> dict[str, Any]:
@@ -232,12 +236,16 @@ class Client:
         found: list[dict[str, Any]] = self._call("GET", path, params=parameters)["data"]
         return found
 
-    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise _unreachable(str(self._http.base_url), error) from error
         _raise_for_problem(response)
+        return response
+
+    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        response = self._send(method, path, **arguments)
         try:
             result = response.json()
         except ValueError:

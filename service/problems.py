@@ -41,6 +41,8 @@ KINDS: dict[str, tuple[int, str]] = {
     "stale_lease": (409, "Another runner holds the job"),
     "job_failed": (409, "The job failed"),
     "job_cancelled": (409, "The job was cancelled"),
+    "output_in_use": (409, "Another job needs what is at the output"),
+    "output_changed": (409, "What is at the output is no longer what the job published"),
     "deadline_exceeded": (409, "The job was not finished in time"),
     "cancelled": (409, "The work was cancelled"),
     "etag_mismatch": (412, "The job was changed in the meantime"),

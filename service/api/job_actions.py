@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 
 from service.api.deps import JobId, PrincipalDep, ServicesDep, guarded
 from service.api.jobs import show_job
 from service.api.objects import JobDetail
+from service.api.outputs import delete_output
 from service.api.schemas import CancelRequest, JobPatch
 from service.api.submission import refuse_overload
 from service.auth import Scope
@@ -72,8 +73,23 @@ def update_job(
 @router.delete(
     "/{job_id}", operation_id="jobs.delete", status_code=204, **guarded(Scope.JOBS_WRITE)
 )
-def delete_job(job_id: JobId, services: ServicesDep) -> None:
-    """Forget a job that has ended. Its output stays where it is."""
+def delete_job(
+    job_id: JobId,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    output: Annotated[
+        Literal["keep", "delete"],
+        Query(description="Whether the merged checkpoint goes too: needs ``output:delete``."),
+    ] = "keep",
+) -> None:
+    """Forget a job that has ended. Its output stays where it is, unless it is to go too.
+
+    Of the output only what this job published is removed, and nothing (409) if another job needs
+    it or it is not what the job published any more.
+    """
+    if output == "delete":
+        principal.require(Scope.OUTPUT_DELETE)
+        delete_output(services, job_id)
     services.store.delete(job_id)
 
 

@@ -4,6 +4,7 @@ StoreError
 ├── NotFoundError              no such job or token
 ├── IllegalTransitionError     the job's state does not allow it
 │   └── AlreadyTerminalError   the job has ended
+├── OutputInUseError           another job needs what is at the output
 ├── RevisionMismatchError      somebody changed the job since it was read
 ├── StaleLeaseError            another runner holds the job, or the claim was released
 ├── IdempotencyReusedError     the key was used for another request
@@ -37,6 +38,12 @@ class AlreadyTerminalError(IllegalTransitionError):
     """The job has ended."""
 
     default_code = "already_terminal"
+
+
+class OutputInUseError(StoreError):
+    """Another job writes to the output, reads from it, or published the same there."""
+
+    default_code = "output_in_use"
 
 
 class RevisionMismatchError(StoreError):

@@ -8,11 +8,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from merging.plan.plan import Plan
+from service.jobs.errors import IllegalTransitionError, OutputInUseError
 from service.jobs.overlap import overlap
 from service.jobs.records import JobRecord, Leftover
 from service.jobs.rows import unpack
 from service.jobs.sql_base import SqlBase
-from service.jobs.states import TERMINAL
+from service.jobs.states import TERMINAL, JobState
 from service.jobs.tables import documents, jobs, leftovers
 
 
@@ -39,6 +40,32 @@ class LeftoverStatements(SqlBase):
                 if not connection.execute(sa.select(_is_wanted(row.output_uri))).scalar_one():
                     return after
                 connection.execute(_at(row).values(collecting_until=None))
+
+    def hold_output(self, job_id: str, lease_seconds: float) -> Leftover:
+        """See :meth:`service.jobs.store.Leftovers.hold_output`."""
+        with self._write() as connection:
+            job = self._lock(connection, job_id)
+            if job.state != JobState.SUCCEEDED or job.finished_at is None:
+                raise IllegalTransitionError(
+                    f"Job {job_id} is {job.state}; only one that succeeded has an output.",
+                    context={"job_id": job_id, "state": str(job.state)},
+                )
+            mine = sa.select(leftovers).where(*_place(job_id, job.attempt)).with_for_update()
+            if connection.execute(mine).one_or_none() is None:  # collected before
+                keep_leftover(connection, job, job.finished_at)
+            row, now = connection.execute(mine).one(), self._now(connection)
+            if row.collecting_until is not None and row.collecting_until > now:
+                raise _in_use(job, "somebody removes what is there already")
+            until = now + timedelta(seconds=lease_seconds)
+            connection.execute(_at(row).values(collecting_until=until))
+        leftover = _leftover(row)
+        # As above: whoever was claimed while the mark was being set is seen now.
+        with self._write() as connection:
+            user = _user_of_output(connection, job)
+            if user is None:
+                return leftover
+            connection.execute(_at(row).values(collecting_until=None))
+        raise _in_use(job, user)
 
     def end_collection(self, leftover: Leftover, *, is_gone: bool) -> None:
         """See :meth:`service.jobs.store.Leftovers.end_collection`."""
@@ -112,6 +139,33 @@ def _is_wanted(output_uri: Any) -> sa.ColumnElement[bool]:
             jobs.c.state.not_in([str(state) for state in TERMINAL]),
         )
         .exists()
+    )
+
+
+def _user_of_output(connection: sa.Connection, job: JobRecord) -> str | None:
+    """Who else needs what a job published, in words."""
+    others = sa.select(jobs.c.id, jobs.c.inputs, overlap(jobs.c.output_uri, job.output_uri)).where(
+        jobs.c.id != job.id, jobs.c.state.not_in([str(state) for state in TERMINAL])
+    )
+    for other_id, inputs, is_written in connection.execute(others):
+        if is_written:
+            return f"job {other_id} is going to write there"
+        if any(f"{item['uri']}/".startswith(f"{job.output_uri}/") for item in inputs):
+            return f"job {other_id} reads from there"
+    later = sa.select(jobs.c.id).where(
+        jobs.c.output_uri == job.output_uri,
+        jobs.c.state == str(JobState.SUCCEEDED),
+        jobs.c.finished_at > job.finished_at,
+    )
+    newest = connection.execute(later.order_by(jobs.c.finished_at.desc()).limit(1))
+    other_id = newest.scalar_one_or_none()
+    return None if other_id is None else f"job {other_id} published there later"
+
+
+def _in_use(job: JobRecord, reason: str) -> OutputInUseError:
+    return OutputInUseError(
+        f"The output of job {job.id} is needed: {reason}.",
+        context={"job_id": job.id, "uri": job.output_uri},
     )
 
 

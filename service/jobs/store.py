@@ -292,6 +292,18 @@ class Leftovers(Protocol):
         ends, no job with that output is claimed.
         """
 
+    def hold_output(self, job_id: str, lease_seconds: float) -> Leftover:
+        """Take the output of a job that succeeded, alone, for so long: to remove it.
+
+        Until it is given back, or the lease ends, no job with that output is claimed.
+
+        Raises:
+            NotFoundError: No such job.
+            IllegalTransitionError: It has not succeeded.
+            OutputInUseError: Another job that has not ended writes there or reads from there, a
+                later one published there, or somebody is removing what is there already.
+        """
+
     def end_collection(self, leftover: Leftover, *, is_gone: bool) -> None:
         """Give one back; if it ``is_gone``, for good."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from service.jobs.errors import IllegalTransitionError, NotFoundError, OutputInUseError
 from service.jobs.records import Claim, JobRecord
 from service.jobs.sql_store import SqlJobStore
 from service.jobs.states import JobState
@@ -138,6 +139,82 @@ def test_what_could_not_be_removed_is_given_out_again(store: SqlJobStore, clock:
     again = store.take_leftover(KEPT, LEASE)
     assert again is not None
     assert again.job_id == jobs[1].id
+
+
+def succeed(store: SqlJobStore, output_uri: str = URI) -> JobRecord:
+    """A job that published something."""
+    _, claim = begin(store, output_uri)
+    for state in (JobState.RUNNING, JobState.PUBLISHING):
+        store.transition(claim, state)
+    return store.transition(claim, JobState.SUCCEEDED, output={**OUTPUT, "uri": output_uri})
+
+
+@pytest.mark.parametrize("was_collected", [False, True])
+def test_no_job_is_claimed_while_an_output_is_removed(
+    store: SqlJobStore, clock: FakeClock, was_collected: bool
+) -> None:
+    job = succeed(store)
+    if was_collected:
+        clock.advance(KEPT)
+        found = store.take_leftover(KEPT, LEASE)
+        assert found is not None
+        store.end_collection(found, is_gone=True)
+    held = store.hold_output(job.id, LEASE)
+    assert (held.job_id, held.plan) == (job.id, tiny_plan(URI))
+    with pytest.raises(OutputInUseError, match="removes what is there already"):
+        store.hold_output(job.id, LEASE)
+    waiting, _ = store.submit(new_job(output_uri=f"{URI}/variant"))
+    assert store.claim("runner-1", 60) is None
+    store.end_collection(held, is_gone=True)
+    claim = store.claim("runner-1", 60)
+    assert claim is not None
+    assert claim.job_id == waiting.id
+
+
+def test_a_removal_whose_process_died_can_be_done_again(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    job = succeed(store)
+    store.hold_output(job.id, LEASE)
+    clock.advance(LEASE)
+    assert store.hold_output(job.id, LEASE).job_id == job.id
+
+
+@pytest.mark.parametrize("use", ["writes", "writes inside", "reads", "reads inside", "was later"])
+def test_an_output_that_another_job_needs_is_not_given_out(
+    store: SqlJobStore, clock: FakeClock, use: str
+) -> None:
+    job = succeed(store)
+    place = f"{URI}/inside" if "inside" in use else URI
+    if use == "was later":
+        clock.advance(1)
+        other = succeed(store)
+    elif "writes" in use:
+        other, _ = store.submit(new_job(output_uri=place))
+    else:
+        other, _ = store.submit(new_job(inputs=({"uri": place, "role": "base", "digest": "d"},)))
+    with pytest.raises(OutputInUseError, match=other.id):
+        store.hold_output(job.id, LEASE)
+    if use == "was later":
+        job = other
+    else:
+        store.request_cancel(other.id)
+    assert store.hold_output(job.id, LEASE).job_id == job.id
+
+
+def test_neighbours_of_an_output_do_not_need_it(store: SqlJobStore) -> None:
+    job = succeed(store)
+    inputs = ({"uri": f"{URI}-2", "role": "base", "digest": "d"},)
+    store.submit(new_job(output_uri=f"{URI}-3", inputs=inputs))
+    assert store.hold_output(job.id, LEASE).job_id == job.id
+
+
+def test_only_jobs_that_succeeded_have_an_output(store: SqlJobStore) -> None:
+    for job in (fail(store), store.submit(new_job())[0]):
+        with pytest.raises(IllegalTransitionError, match="only one that succeeded"):
+            store.hold_output(job.id, LEASE)
+    with pytest.raises(NotFoundError):
+        store.hold_output("job_none", LEASE)
 
 
 def test_many_collectors_never_remove_the_same(store: SqlJobStore, clock: FakeClock) -> None:

@@ -107,7 +107,7 @@ def test_without_a_command_there_is_help() -> None:
     assert said.status == 2
     for command in (
         *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"),
-        *("propose", "run", "retry", "logs", "cancel"),
+        *("propose", "run", "retry", "logs", "cancel", "delete"),
     ):
         assert command in said.out + said.err
 
@@ -295,6 +295,33 @@ def test_a_job_is_submitted_followed_and_listed(
     assert mergeyard("watch", job_id).out == f"succeeded  {output}\n"
     assert mergeyard("logs", job_id, "--follow").out.splitlines()[-1].endswith("  succeeded")
     assert "succeeded" in mergeyard("cancel", job_id).error
+
+
+def test_a_job_is_deleted_with_what_it_published_only_on_demand(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    path, output = write_recipe(tmp_path, family), home / "to-be-deleted"
+
+    def merge(*options: str) -> str:
+        said = mergeyard("submit", path, "-o", output, "--watch", *options)
+        assert said.status == 0, said
+        return said.out.splitlines()[0]
+
+    first, second = merge(), merge("--overwrite")
+    assert f"job {second} published there later" in mergeyard("delete", first, "--output").error
+    assert mergeyard("delete", first).out == f"{first} deleted\n"
+    (output / "notes.txt").write_text("mine")
+    report = (output / "merge_report.json").read_text()
+    (output / "merge_report.json").write_text(
+        report.replace('"plan_digest": "', '"plan_digest": "x')
+    )
+    assert "no longer what the merge published" in mergeyard("delete", second, "--output").error
+    (output / "merge_report.json").write_text(report)
+    assert mergeyard("delete", second, "--output").out == f"{second} deleted\n"
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    assert "no job" in mergeyard("watch", second).error
+    third = merge()  # the output is free again
+    assert mergeyard("delete", third, "--output").status == 0
 
 
 def test_a_plan_is_proposed_and_then_run_as_it_is(

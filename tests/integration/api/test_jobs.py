@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from service.auth import Scope
 from service.jobs.records import EventType
 from service.jobs.states import JobState, ShardState
 from tests.integration.api.test_problems import check_problem
@@ -299,6 +300,24 @@ def test_a_job_that_has_ended_can_be_forgotten(api: LiveApi) -> None:
     deleted = api.admin.delete(path)
     assert (deleted.status_code, deleted.content) == (204, b"")
     check_problem(api.admin.get(path), "not_found")
+
+
+def test_removing_an_output_needs_a_scope_of_its_own(api: LiveApi) -> None:
+    job, _ = api.bring_to(JobState.SUCCEEDED)
+    path = f"/v1/jobs/{job.id}?output="
+    refused = api.with_scopes(Scope.JOBS_WRITE).delete(f"{path}delete")
+    assert Scope.OUTPUT_DELETE in check_problem(refused, "forbidden")["detail"]
+    check_problem(api.with_scopes(Scope.OUTPUT_DELETE).delete(f"{path}delete"), "forbidden")
+    check_problem(api.admin.delete(f"{path}all"), "invalid_request")
+    assert api.with_scopes(Scope.JOBS_WRITE).delete(f"{path}keep").status_code == 204
+
+
+def test_a_job_that_published_nothing_is_forgotten_with_its_output(api: LiveApi) -> None:
+    both = api.with_scopes(Scope.JOBS_WRITE, Scope.OUTPUT_DELETE)
+    running, _ = api.bring_to(JobState.RUNNING)
+    check_problem(both.delete(f"/v1/jobs/{running.id}?output=delete"), "conflict")
+    cancelled, _ = api.bring_to(JobState.CANCELLED)
+    assert both.delete(f"/v1/jobs/{cancelled.id}?output=delete").status_code == 204
 
 
 # -- outcomes

@@ -9,6 +9,7 @@ import { Card, Copy, Loading, ProblemNotice, TableScroll, Time } from "../../ui/
 const SCOPES: [name: string, meaning: string][] = [
   ["jobs:read", "read jobs, events, reports, methods"],
   ["jobs:write", "plan, submit, cancel, retry, forget"],
+  ["output:delete", "remove merged checkpoints (with jobs:write)"],
   ["webhooks:write", "webhook endpoints and their deliveries"],
   ["metrics:read", "/metrics for Prometheus"],
   ["admin", "all of these, and tokens"],

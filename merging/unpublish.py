@@ -1,0 +1,97 @@
+"""Taking a published checkpoint away again: what its merge wrote, and only while it is still that.
+
+Everything is checked before anything is removed. Then the index goes first, so that no reader ever
+finds a part of a checkpoint, and the merge report last: as long as it is there, it shows whose the
+rest is, and a removal that was broken off can be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merging.errors import StorageError
+from merging.plan.plan import Plan
+from merging.publish import INDEX_NAME, read_report, weight_index
+from merging.report import CARD_NAME, REPORT_NAME, SWEEP_REPORT_NAME
+from merging.storage.base import Storage
+
+
+def unpublish(plan: Plan, report: Mapping[str, Any], storage: Storage) -> int:
+    """Remove the checkpoint of a merge, or those of a sweep; may be repeated.
+
+    Args:
+        plan: The merge. Nobody may be working on its output.
+        report: What :func:`merging.publish.publish` returned.
+        storage: Where the output is.
+
+    Returns:
+        How many files were removed; 0 if nothing was there any more.
+
+    Raises:
+        StorageError: ``output_changed`` if what is there is not what this merge published: nothing
+            is removed then. Others if storage failed: what is left can be removed later.
+    """
+    found = {item.uri: item.size for item in storage.list(plan.output_uri)}
+    sweep_report = f"{plan.output_uri}/{SWEEP_REPORT_NAME}"
+    first: list[str] = []
+    if plan.variants and sweep_report in found:
+        _check_report(plan.output_uri, SWEEP_REPORT_NAME, report, storage)
+        first.append(sweep_report)
+    then: list[str] = []
+    last: list[str] = []
+    reports = report["variants"] if plan.variants else [report]
+    for merge, own in zip(plan.merges(), reports, strict=True):
+        output = merge.output_uri
+        names = [file["name"] for file in own["output"]["files"]]
+        if not any(f"{output}/{name}" in found for name in (INDEX_NAME, REPORT_NAME, *names)):
+            continue
+        _check_checkpoint(merge, own, found, storage)
+        names += [companion.file_name for companion in merge.companions]
+        first.append(f"{output}/{INDEX_NAME}")
+        then += [f"{output}/{name}" for name in (*names, "config.json", CARD_NAME)]
+        last.append(f"{output}/{REPORT_NAME}")
+    doomed = [uri for uri in (*first, *then, *last) if uri in found]
+    for uri in doomed:
+        storage.delete(uri)
+    return len(doomed)
+
+
+def _check_checkpoint(
+    merge: Plan, report: Mapping[str, Any], found: Mapping[str, int], storage: Storage
+) -> None:
+    """Raise unless everything that is there and shows whose it is says that it is this merge's."""
+    output = merge.output_uri
+    if f"{output}/{REPORT_NAME}" not in found:
+        raise _changed(output, REPORT_NAME, "is not there, so that nothing says whose the rest is")
+    _check_report(output, REPORT_NAME, report, storage)
+    for file in report["output"]["files"]:
+        if found.get(f"{output}/{file['name']}", file["size"]) != file["size"]:
+            raise _changed(output, file["name"], "has another size")
+    index = f"{output}/{INDEX_NAME}"
+    expected = weight_index(merge)
+    if index in found and (
+        found[index] != len(expected) or storage.read_bytes(index, limit=len(expected)) != expected
+    ):
+        raise _changed(output, INDEX_NAME, "names other tensors or files")
+
+
+def _check_report(output: str, name: str, report: Mapping[str, Any], storage: Storage) -> None:
+    try:
+        stored = read_report(storage, output, name)
+        is_same = stored["plan_digest"] == report["plan_digest"] and (
+            stored["output"]["digest"] == report["output"]["digest"]
+        )
+    except (ValueError, KeyError, TypeError):
+        is_same = False
+    if not is_same:
+        raise _changed(output, name, "is that of another merge")
+
+
+def _changed(output: str, name: str, what: str) -> StorageError:
+    return StorageError(
+        f"What is at {output} is no longer what the merge published there: {name} {what}. Nothing"
+        " was removed; look at it, and remove by hand what is not wanted.",
+        code="output_changed",
+        context={"uri": f"{output}/{name}"},
+    )
