@@ -81,6 +81,15 @@ export interface Output {
   digest: string;
   bytes: number;
   files: OutputFile[];
+  /** Of a sweep: each variant's checkpoint. */
+  variants?: (Output & { name: string; method: string })[];
+}
+
+export interface Integration {
+  name: string;
+  state: string;
+  url: string | null;
+  error: Problem | null;
 }
 
 export interface Job {
@@ -113,6 +122,7 @@ export interface Job {
   initiator: string | null;
   resubmitted_from: string | null;
   cancel_requested: "orderly" | "now" | null;
+  integrations: Integration[];
   url: string;
   etag: string;
 }
@@ -203,6 +213,8 @@ export interface Plan {
   companions: string[];
   warnings: string[];
   inputs: Input[];
+  /** Of a sweep, else empty. */
+  variants: { name: string; method: string; uri: string }[];
 }
 
 /** `GET /v1/jobs/{id}/plan`. */

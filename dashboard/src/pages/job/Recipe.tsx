@@ -48,6 +48,21 @@ export function RecipeTab({ job }: TabProps) {
               </dd>
             </>
           )}
+          {job.integrations.map((item) => (
+            <>
+              <dt>Told to {item.name}</dt>
+              <dd class="break">
+                {item.state}
+                {item.error && `: ${item.error.detail}`}
+                {item.url && (
+                  <>
+                    {" "}
+                    <a href={item.url}>{item.url}</a>
+                  </>
+                )}
+              </dd>
+            </>
+          ))}
           {job.resubmitted_from && (
             <>
               <dt>Made from</dt>
@@ -84,7 +99,11 @@ function Lineage({ job }: { job: JobDetail }) {
         {job.output ? (
           <>
             <Digest digest={job.output.digest} />
-            <span class="muted num"> · {bytes(job.output.bytes)} in {job.output.files.length} files</span>
+            <span class="muted num">
+              {" "}
+              · {bytes(job.output.bytes)} in {job.output.files.length} files
+              {job.output.variants && ` of ${job.output.variants.length} variants`}
+            </span>
           </>
         ) : (
           <span class="muted">not complete</span>

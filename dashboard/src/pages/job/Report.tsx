@@ -4,6 +4,7 @@ import type { Report, ReportTensor } from "../../api/types";
 import { Plot } from "../../charts/Plot";
 import { bytes, count, digits, duration, flops, percent, shortUri } from "../../lib/format";
 import { byLayer } from "../../lib/report";
+import { setQuery, usePlace } from "../../lib/router";
 import { Card, TableScroll } from "../../ui/parts";
 import type { TabProps } from "../Job";
 import { Figure } from "./Overview";
@@ -12,8 +13,9 @@ import { Digest } from "./Recipe";
 const EXPERT_INKS = ["accent", "publishing", "cancelling", "failed", "succeeded", "queued"];
 
 export function ReportTab({ job, report: whole }: TabProps) {
-  const [chosen, choose] = useState(0);
-  const report = whole?.variants?.[chosen] ?? whole;
+  const { query } = usePlace();
+  const variants = whole?.variants ?? [];
+  const report = variants.find(({ variant }) => variant === query.get("variant")) ?? variants[0] ?? whole;
   if (!report) {
     return (
       <p class="empty">
@@ -23,18 +25,7 @@ export function ReportTab({ job, report: whole }: TabProps) {
   }
   return (
     <div class="stack">
-      {whole?.variants && (
-        <label class="field">
-          <span>Variant</span>
-          <select class="input" value={chosen} onChange={(event) => choose(Number(event.currentTarget.value))}>
-            {whole.variants.map(({ variant, method }, index) => (
-              <option key={variant} value={index}>
-                {variant} ({method})
-              </option>
-            ))}
-          </select>
-        </label>
-      )}
+      {variants.length > 0 && <Variants variants={variants} shown={report} />}
       <Totals report={report} />
       <LayerCharts report={report} />
       <div class="columns">
@@ -55,6 +46,51 @@ export function ReportTab({ job, report: whole }: TabProps) {
         <p class="muted">on {report.devices.join(", ")}</p>
       </Card>
     </div>
+  );
+}
+
+
+
+/** The merges of a sweep; what is below is of the one that is chosen. */
+function Variants({ variants, shown }: { variants: Report[]; shown: Report }) {
+  return (
+    <Card title={`${variants.length} variants`} aside="what follows is of the chosen one" flush>
+      <TableScroll label="Variants">
+        <thead>
+          <tr>
+            <th>Variant</th>
+            <th>Method</th>
+            <th class="num-col">Interference removed</th>
+            <th class="num-col">Written</th>
+            <th>Digest</th>
+          </tr>
+        </thead>
+        <tbody>
+          {variants.map((item) => (
+            <tr key={item.variant}>
+              <td>
+                <button
+                  type="button"
+                  class="button small"
+                  aria-pressed={item === shown}
+                  onClick={() => setQuery({ variant: item.variant ?? null })}
+                >
+                  {item.variant}
+                </button>
+              </td>
+              <td class="mono">{item.method}</td>
+              <td class="num-col">
+                {item.totals.interference_removed === null ? "–" : percent(item.totals.interference_removed, 2)}
+              </td>
+              <td class="num-col">{bytes(item.output.bytes)}</td>
+              <td>
+                <Digest digest={item.output.digest} />
+              </td>
+            </tr>
+          ))}
+        </tbody>
+      </TableScroll>
+    </Card>
   );
 }
 

@@ -31,6 +31,12 @@ export function PlanPreview({ check, hasOutput }: { check: Check; hasOutput: boo
                 value={plan.estimate ? duration(plan.estimate.total_seconds) : "known after a first shard"}
               />
             </dl>
+            {plan.variants.length > 0 && (
+              <p>
+                {plan.variants.length} variants, read once:{" "}
+                {plan.variants.map(({ name, method }) => `${name} (${method})`).join(", ")}
+              </p>
+            )}
             <p class="muted">
               {Object.entries(plan.tensors_by_method)
                 .map(([method, number]) => `${count(number)} by ${method}`)
