@@ -136,6 +136,14 @@ def views(yard: Yard) -> Iterator[str]:
         yield f"jobs/{job_id}?tab={tab}"
 
 
+def look(page: Page, yard: Yard, view: str) -> None:
+    """Open a view and wait until nothing is being read any more."""
+    page.goto(f"{yard.service.url}/{view}")
+    page.locator("h1").wait_for()
+    expect(page.get_by_text("Reading the")).to_have_count(0)
+    expect(page.get_by_text("checking …")).to_have_count(0)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_on_any_page(browser: Browser, yard: Yard, theme: str) -> None:
     with open_page(browser, theme=theme, bypass_csp=True) as page:
@@ -143,9 +151,7 @@ def test_axe_finds_nothing_serious_on_any_page(browser: Browser, yard: Yard, the
         found = {"login": axe(page)}
         log_in(page, yard.service.url, yard.service.token)
         for view in views(yard):
-            page.goto(f"{yard.service.url}/{view}")
-            page.locator("h1").wait_for()
-            page.wait_for_load_state("networkidle") if view.startswith("new") else None
+            look(page, yard, view)
             found[view] = axe(page)
     assert {view: faults for view, faults in found.items() if faults} == {}
 
@@ -166,8 +172,7 @@ def test_no_page_is_wider_than_a_phone(browser: Browser, yard: Yard) -> None:
     with open_page(browser, width=390, height=800) as page:
         log_in(page, yard.service.url, yard.service.token)
         for view in views(yard):
-            page.goto(f"{yard.service.url}/{view}")
-            page.locator("h1").wait_for()
+            look(page, yard, view)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
 
 

@@ -4,8 +4,7 @@ import type { Page, Worker } from "../api/types";
 import { bytes, count, duration, plural } from "../lib/format";
 import { useNow, useResource } from "../lib/resource";
 import { Link, href, setQuery, usePlace } from "../lib/router";
-import { Card, Loading, ProblemNotice, TableScroll, Time, ViewBar } from "../ui/parts";
-import { PollMark } from "./Jobs";
+import { Card, Loading, PollMark, ProblemNotice, TableScroll, Time, ViewBar } from "../ui/parts";
 
 const WITHIN: Record<string, string> = { "900": "15 minutes", "3600": "hour", "86400": "day", "604800": "week" };
 const USUAL = "3600";
