@@ -39,7 +39,7 @@ from service.feed import POLL_SECONDS, EventFeed
 from service.forecast import Forecast
 from service.integrations.catalogue import make_integrations
 from service.jobs.store import JobStore
-from service.limits import RateLimit, StreamSlots
+from service.limits import FailedLogins, RateLimit, StreamSlots
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
 from service.problems import PROBLEM_JSON
@@ -122,6 +122,7 @@ def create_app(
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),
         streams=StreamSlots(settings.max_streams_per_token),
+        failed_logins=FailedLogins(settings.failed_logins_per_minute),
     )
     app = _application(version, _middleware(services, version, tracing))
     app.state.services = services
@@ -173,6 +174,8 @@ def _middleware(services: Services, version: str, tracing: Tracing | None) -> li
             Authentication,
             authenticator=authenticator,
             rate=RateLimit(services.settings.requests_per_second),
+            failures=services.failed_logins,
+            trusted_proxies=services.settings.trusted_proxies,
         ),
         Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),
     ]

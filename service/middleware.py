@@ -6,10 +6,11 @@ From the outside in: :class:`RequestContext` (request id, headers, log line, met
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -20,9 +21,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merging.errors import MergeError
-from service.auth import Authenticator
+from service.auth import Authenticator, Principal
 from service.browser import refuse_other_sites, session_cookie
-from service.limits import RateLimit
+from service.client_address import client_address
+from service.limits import FailedLogins, RateLimit
 from service.paths import route_path
 from service.problems import RequestError, problem, problem_from_error, problem_response
 from service.yaml_bodies import YAML_TYPE, yaml_to_json
@@ -134,27 +136,58 @@ class Authentication:
     """Lets nothing pass without a token or session but :data:`PUBLIC_PATHS`; notes the principal.
 
     Before routing and before the body is read, so that a stranger learns nothing of either.
+
+    Args:
+        app: What to wrap.
+        authenticator: Knows tokens and sessions.
+        rate: Bounds what a token asks for.
+        failures: Bounds tries that fail.
+        trusted_proxies: Networks whose word on a client's address counts.
     """
 
-    def __init__(self, app: ASGIApp, *, authenticator: Authenticator, rate: RateLimit) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        authenticator: Authenticator,
+        rate: RateLimit,
+        failures: FailedLogins,
+        trusted_proxies: Sequence[str],
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._rate = rate
+        self._failures = failures
+        self._trusted = [ipaddress.ip_network(network) for network in trusted_proxies]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find out who asks, and pass on."""
+        if scope["type"] == "http":
+            scope["state"]["client_address"] = client_address(scope, self._trusted)
         if scope["type"] == "http" and route_path(scope) not in PUBLIC_PATHS:
             headers = Headers(scope=scope)
-            principal = await run_in_threadpool(
-                self._authenticator.authenticate,
-                headers.get("authorization"),
-                session_cookie(headers),
-            )
+            principal = await self._authenticate(headers, scope["state"]["client_address"])
             self._rate.admit(principal.token_id)
             if principal.session is not None:
                 refuse_other_sites(scope["method"], headers)
             scope["state"]["principal"] = principal
         await self._app(scope, receive, send)
+
+    async def _authenticate(self, headers: Headers, address: str) -> Principal:
+        authorization, cookie = headers.get("authorization"), session_cookie(headers)
+        credential = authorization or cookie or ""
+        if credential:
+            self._failures.check(address, credential)
+        try:
+            principal = await run_in_threadpool(
+                self._authenticator.authenticate, authorization, cookie
+            )
+        except RequestError:
+            if credential:  # who sends nothing guesses nothing
+                self._failures.note_failure(address)
+            raise
+        self._failures.note_success(credential)
+        return principal
 
 
 class BodyRules:

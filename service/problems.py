@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "invalid_request": (422, "The request is not acceptable"),
     "unknown_field": (422, "The request has an unknown field"),
     "rate_limited": (429, "The token asks for too much at once"),
+    "too_many_failures": (429, "Too many tries to log in failed"),
     "queue_full": (429, "Too many jobs wait already"),
     "quota_exceeded": (429, "The token has as many jobs as it may have"),
     # jobs
@@ -105,6 +106,7 @@ KINDS: dict[str, tuple[int, str]] = {
 
 _RETRY_AFTER_SECONDS = {
     "rate_limited": 1,
+    "too_many_failures": 60,
     "queue_full": 30,
     "quota_exceeded": 30,
     "not_ready": 2,

@@ -89,6 +89,17 @@ class Settings(BaseSettings):
         gt=0,
         description="What one token may ask of one replica, in the long run; 429 beyond.",
     )
+    failed_logins_per_minute: float = Field(
+        default=30,
+        gt=0,
+        description="Tokens, cookies and links that are not valid, of one client address to one"
+        " replica; 429 beyond.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Addresses or networks (10.0.0.0/8) of proxies before the service, whose"
+        " X-Forwarded-For says from where a request comes. Separated by commas or as a JSON list.",
+    )
     max_streams_per_token: int = Field(
         default=256, ge=1, description="Event and log streams that one token may have open."
     )
@@ -224,7 +235,12 @@ class Settings(BaseSettings):
         return value
 
     @field_validator(
-        "storage_roots", "secret_keys", "webhook_allowed_hosts", "integrations", mode="before"
+        "storage_roots",
+        "secret_keys",
+        "webhook_allowed_hosts",
+        "integrations",
+        "trusted_proxies",
+        mode="before",
     )
     @classmethod
     def _split_list(cls, value: Any) -> Any:
@@ -246,6 +262,11 @@ class Settings(BaseSettings):
         return tuple(
             root if "://" in root else str(Path(root).expanduser().absolute()) for root in value
         )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ipaddress.ip_network(network, strict=False)) for network in value)
 
     @field_validator("secret_keys")
     @classmethod

@@ -21,7 +21,7 @@ from service.feed import EventFeed
 from service.forecast import Forecast
 from service.integrations.base import Integration
 from service.jobs.store import JobStore
-from service.limits import StreamSlots
+from service.limits import FailedLogins, StreamSlots
 from service.metrics import Metrics
 from service.problems import RequestError
 from service.settings import Settings
@@ -63,6 +63,7 @@ class Services:
         checks: For ``/readyz``.
         stopping: Set when the server is asked to end.
         streams: Bounds streams of each token.
+        failed_logins: Bounds tries to log in that fail, of each address.
         planning: Bounds plans that are made at once.
     """
 
@@ -79,6 +80,7 @@ class Services:
     checks: Sequence[ReadinessCheck]
     stopping: threading.Event
     streams: StreamSlots
+    failed_logins: FailedLogins
     planning: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_CONCURRENT_PLANS)
     )

@@ -60,8 +60,11 @@ def open_link(
     request: Request, services: ServicesDep, code: Annotated[str, Query(max_length=200)] = ""
 ) -> Response:
     """The link of the first start: once, a code for a session and the way to the dashboard."""
+    address = request.state.client_address
+    services.failed_logins.check(address)
     token_id = services.store.redeem_login_code(code)
     if token_id is None:
+        services.failed_logins.note_failure(address)
         return plain_page(
             "This link is of no use any more",
             "It works once, for a short time after the first start. Log in with a token instead:"

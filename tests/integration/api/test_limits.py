@@ -84,3 +84,29 @@ def test_a_token_that_asks_too_often_is_told_to_wait(
         assert answers[-1].headers["retry-after"] == "1"
         assert api.with_scopes().get("/v1/version").status_code == 200
         assert httpx.get(f"{api.url}/healthz").status_code == 200
+
+
+def test_an_address_from_which_bad_tokens_come_is_refused_for_a_while(
+    tmp_path: Path, migrated_database: Path
+) -> None:
+    proxied = {"failed_logins_per_minute": 3, "trusted_proxies": "127.0.0.0/8"}
+    with live_api(tmp_path, migrated_database, **proxied) as api:
+        assert api.admin.get("/v1/version").status_code == 200
+        new = api.with_scopes(Scope.JOBS_READ)
+        guesser, other = ({"X-Forwarded-For": f"6.6.6.6, 10.9.8.{n}"} for n in (7, 8))
+        with api.client() as stranger:
+            for number, path in enumerate(("/v1/sessions", "/v1/jobs")):
+                bad = guesser | {"Authorization": f"Bearer bad-{number}"}
+                check_problem(stranger.post(path, headers=bad), "unauthenticated")
+            assert stranger.get("/auth?code=x", headers=guesser).status_code == 401
+            for path in ("/auth?code=y", "/v1/jobs"):
+                refused = stranger.get(path, headers=guesser | {"Authorization": "Bearer bad-3"})
+                check_problem(refused, "too_many_failures")
+                assert refused.headers["retry-after"] == "60"
+            check_problem(stranger.get("/v1/jobs", headers=guesser), "unauthenticated")
+            assert stranger.get("/auth?code=y", headers=other).status_code == 401
+        assert new.get("/v1/jobs", headers=other).status_code == 200
+        assert api.admin.get("/v1/version", headers=guesser).status_code == 200
+        assert new.get("/v1/jobs", headers=guesser).status_code == 200  # good a moment ago
+        fresh = api.with_scopes(Scope.JOBS_READ, Scope.METRICS_READ)
+        check_problem(fresh.get("/v1/jobs", headers=guesser), "too_many_failures")
