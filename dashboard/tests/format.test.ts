@@ -36,6 +36,7 @@ test("an error's sentences become what happened and what to do", () => {
   expect(firstSentence(detail)).toBe("Tensor 'a.b' of expert 2 has NaN.");
   expect(remedy(problem)).toBe("Merge without that expert, or set check_finite.");
   expect(remedy({ ...problem, detail: "It broke.", retryable: true })).toContain("retry");
+  expect(concerns(problem)).toEqual([["Tensor", "a.b"]]);
   const context = { tensor_name: "a.b", shard_index: 0, expert: 2 };
   expect(concerns({ ...problem, context })).toEqual([
     ["Tensor", "a.b"],

@@ -83,7 +83,7 @@ def test_a_failure_names_the_tensor_and_what_to_do_and_a_retry_goes_on(
     open_gate(yard.root / "poisoned", 99)
     job_page(page, yard, job_id)
     card = page.get_by_test_id("error-card")
-    expect(card).to_contain_text(name)
+    expect(card.locator("dl")).to_contain_text(f"Tensor{name}")
     expect(card).to_contain_text("non_finite_input")
     expect(card).to_contain_text("What to do")
     expect(page.get_by_test_id("sentence")).to_contain_text("Failed after")

@@ -79,7 +79,9 @@ export function remedy(problem: Problem): string {
 
 /** Tensor, file and worker that a problem concerns, where it knows them. */
 export function concerns(problem: Problem): [string, string][] {
-  const context = problem.context ?? {};
+  // Some errors name the tensor in their sentence alone.
+  const named = /\btensor '([^']+)'/i.exec(problem.detail)?.[1];
+  const context = { ...(named ? { tensor_name: named } : {}), ...problem.context };
   const names: [string, string][] = [
     ["tensor_name", "Tensor"],
     ["shard_index", "Shard"],
@@ -87,9 +89,10 @@ export function concerns(problem: Problem): [string, string][] {
     ["uri", "Address"],
     ["worker", "Worker"],
   ];
+  const facts: Record<string, unknown> = context;
   const known = names
-    .filter(([key]) => context[key] !== undefined && context[key] !== null)
-    .map(([key, label]): [string, string] => [label, String(context[key])]);
+    .filter(([key]) => facts[key] !== undefined && facts[key] !== null)
+    .map(([key, label]): [string, string] => [label, String(facts[key])]);
   const shown = new Set(names.map(([key]) => key));
   const others = Object.entries(context)
     .filter(([key]) => !shown.has(key))

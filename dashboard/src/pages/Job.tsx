@@ -102,7 +102,7 @@ function Head({ job, view, version, plan, now, live, onChange }: HeadProps) {
       </p>
       {job.error && <ErrorCard problem={job.error} />}
       <ProgressCard job={job} view={view} version={version} plan={plan} now={now} />
-      <Phases phases={job.phases} now={now} />
+      <Phases phases={job.phases} now={now} isBroken={job.state === "failed" || job.state === "cancelled"} />
       <Warnings warnings={job.warnings} more={view.warnings} />
     </>
   );

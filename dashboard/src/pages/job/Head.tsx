@@ -128,7 +128,14 @@ function remainingWords(
   return <small>too early to say</small>;
 }
 
-export function Phases({ phases, now }: { phases: readonly Phase[]; now: number }) {
+interface PhasesProps {
+  phases: readonly Phase[];
+  now: number;
+  /** The last one did not come to its end: the job failed or was cancelled in it. */
+  isBroken: boolean;
+}
+
+export function Phases({ phases, now, isBroken }: PhasesProps) {
   if (phases.length === 0) return null;
   const times = phases.map((phase) => seconds(phase.started_at, phase.finished_at, now) ?? 0);
   const total = Math.max(times.reduce((sum, time) => sum + time, 0), 0.001);
@@ -137,7 +144,7 @@ export function Phases({ phases, now }: { phases: readonly Phase[]; now: number 
       {phases.map((phase, index) => (
         <li
           key={phase.started_at + phase.name}
-          class={phase.finished_at ? "done" : "now"}
+          class={phase.finished_at && !(isBroken && index === phases.length - 1) ? "done" : "now"}
           style={{ flexGrow: String(Math.max((times[index] ?? 0) / total, 0.02) * 20) }}
           title={`${phaseName(phase.name)}: from ${dateTime(phase.started_at)}${phase.message ? `, ${phase.message}` : ""}`}
         >
