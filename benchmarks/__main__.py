@@ -7,7 +7,9 @@ import runpy
 import sys
 from pathlib import Path
 
-HELPERS = frozenset({"__init__", "__main__", "records", "instant_service", "large_job"})
+HELPERS = frozenset(
+    {"__init__", "__main__", "records", "sparse_models", "instant_service", "large_job"}
+)
 
 
 def main(arguments: list[str]) -> int:

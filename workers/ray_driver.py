@@ -15,6 +15,7 @@ import asyncio
 import io
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import msgspec
@@ -36,6 +37,7 @@ from workers.ray_wire import (
     Connected,
     Lost,
     Notice,
+    Placed,
     RayOptions,
     Slots,
     Start,
@@ -51,6 +53,17 @@ _SECONDS_TO_ANSWER = 5.0
 _PATIENCE_SECONDS = 45.0  # a head may restart; Ray itself gives up after 60
 
 
+@dataclass(slots=True)
+class _Followed:
+    """A task in Ray's hands: who follows it, and the node that it is on, once it is on one."""
+
+    task: ShardTask
+    stream: Any
+    follower: asyncio.Task[None]
+    node_id: str | None = None
+    is_cancelled: bool = False
+
+
 class Driver:
     """Submits, follows and cancels tasks on a Ray that is connected.
 
@@ -64,9 +77,11 @@ class Driver:
         self._options = options
         self._engine = engine
         self._output = output
-        self._streams: dict[Key, Any] = {}
+        self._followed: dict[Key, _Followed] = {}
+        self._group = asyncio.TaskGroup()
         context = ray.get_runtime_context()
         nodes = ray.nodes()
+        self._alive = {node["NodeID"] for node in nodes if node["Alive"]}
         self._address: str = context.gcs_address
         self._node_id = context.get_node_id()
         # Where the head and this machine's raylet, through which everything goes, listen.
@@ -98,34 +113,32 @@ class Driver:
         loop = asyncio.get_running_loop()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), source)
         self._send(Connected(self._address, session, self._slots))
-        async with asyncio.TaskGroup() as group:  # a defect in any of them ends the process
-            watch = group.create_task(self._watch())
-            followers: list[asyncio.Task[None]] = []
+        async with self._group:  # a defect in any of its tasks ends the process
+            watch = self._group.create_task(self._watch())
             while line := await reader.readline():
-                followers = [follower for follower in followers if not follower.done()]
                 command = decode_command(line)
                 if isinstance(command, Submit):
-                    # Made here, so that a cancellation that follows at once finds it.
-                    stream = self._start(command.task)
-                    followers.append(group.create_task(self._follow(command.task, stream)))
+                    self._start(command.task)
                 elif isinstance(command, Cancel):
                     self._cancel(command)
-            for stream in self._streams.values():
-                ray.cancel(stream)
+            followers = [followed.follower for followed in self._followed.values()]
+            for followed in self._followed.values():
+                ray.cancel(followed.stream)
             if followers:
                 await asyncio.wait(followers, timeout=_SECONDS_TO_CLOSE)
             for rest in (watch, *followers):
                 rest.cancel()
 
     def _cancel(self, command: Cancel) -> None:
-        stream = self._streams.get((command.job_id, command.shard_index))
-        if stream is not None:
-            ray.cancel(stream, force=command.now)
+        followed = self._followed.get((command.job_id, command.shard_index))
+        if followed is not None:
+            followed.is_cancelled = True
+            ray.cancel(followed.stream, force=command.now)
 
-    def _start(self, task: ShardTask) -> Any:
+    def _start(self, task: ShardTask) -> None:
         stream = self._stream_shard.remote(msgspec.json.encode(task), self._engine)
-        self._streams[task.key] = stream
-        return stream
+        follower = self._group.create_task(self._follow(task, stream))
+        self._followed[task.key] = _Followed(task, stream, follower)
 
     async def _follow(self, task: ShardTask, stream: Any) -> None:
         """Pass on the events of one task; exactly one of them is its end."""
@@ -134,19 +147,47 @@ class Driver:
         )
         try:
             async for item in stream:
-                event = msgspec.json.decode(await item, type=PoolEvent)
+                event = msgspec.json.decode(await item, type=PoolEvent | Placed)
+                if isinstance(event, Placed):
+                    self._followed[task.key].node_id = event.node_id
+                    continue
                 if isinstance(event, (ShardDone, ShardFailed)):
                     self._finish(task, event)
                     return
                 self._send(event)
         except RayError as fault:
             error = error_from_ray(fault)
+        self._fail(task, error)
+
+    def _fail(self, task: ShardTask, error: MergeError) -> None:
         end = ShardFailed(task.job_id, task.work.shard.index, task.attempt, error.to_dict())
         self._finish(task, end)
 
     def _finish(self, task: ShardTask, end: PoolEvent) -> None:
-        del self._streams[task.key]
+        del self._followed[task.key]
         self._send(end)
+
+    def _give_up_nodes(self, alive: set[str]) -> None:
+        """Take tasks away from nodes that Ray has given up.
+
+        Ray tells of them only once their connections fail, which without any answer, as when a
+        network is cut, takes it some seven minutes. Tasks that wait may wait for such a node:
+        they are submitted anew.
+        """
+        is_any_lost = bool(self._alive - alive)
+        self._alive = alive
+        for followed in list(self._followed.values()):
+            is_waiting = followed.node_id is None
+            if is_any_lost if is_waiting else followed.node_id not in alive:
+                followed.follower.cancel()
+                if is_waiting and not followed.is_cancelled:
+                    ray.cancel(followed.stream)
+                    self._start(followed.task)
+                elif followed.is_cancelled:
+                    self._fail(followed.task, cancelled_error())
+                else:
+                    lost = WorkerError("The worker's machine was lost.", retryable=True)
+                    self._fail(followed.task, lost)
 
     async def _watch(self) -> None:
         """Tell the number of slots; end the process when Ray is out of reach for too long."""
@@ -172,8 +213,10 @@ class Driver:
             _, writer = await asyncio.wait_for(asyncio.open_connection(*door), _SECONDS_TO_ANSWER)
             writer.close()
         nodes = await asyncio.wait_for(asyncio.to_thread(ray.nodes), _SECONDS_TO_ANSWER)
-        if not any(node["Alive"] and node["NodeID"] == self._node_id for node in nodes):
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        if self._node_id not in alive:
             raise ConnectionError("This machine has left the cluster.")
+        self._give_up_nodes(alive)
         slots = count_slots(nodes, self._options, self._gpus_per_task)
         if slots != self._slots:
             self._slots = slots

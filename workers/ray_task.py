@@ -13,6 +13,7 @@ import structlog
 
 from merging.errors import WorkerError
 from workers.messages import PoolEvent, ShardTask
+from workers.ray_wire import Placed
 from workers.redact import redact_event
 from workers.shard_task import finish_task
 
@@ -20,7 +21,7 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def stream_shard(payload: bytes, engine: str) -> Iterator[bytes]:
-    """Do the shard in ``payload`` (a ``ShardTask`` as JSON); yields events as JSON.
+    """Do the shard in ``payload`` (a ``ShardTask`` as JSON); yields where, then events, as JSON.
 
     The engine runs in a thread of its own, so that this one, Ray's, can hand on progress and see
     a cancellation. Ray announces that by an interrupt, which could hit any line of Python; it is
@@ -49,8 +50,10 @@ def stream_shard(payload: bytes, engine: str) -> Iterator[bytes]:
         name="shard",
     )
     thread.start()
-    is_cancelled = ray.get_runtime_context().is_canceled
+    context = ray.get_runtime_context()
+    is_cancelled = context.is_canceled
     try:
+        yield msgspec.json.encode(Placed(context.get_node_id()))
         while thread.is_alive() or not events.empty():
             if is_cancelled():
                 stop.set()

@@ -75,6 +75,12 @@ class Slots(msgspec.Struct, frozen=True, tag=True):
     count: int
 
 
+class Placed(msgspec.Struct, frozen=True, tag=True):
+    """First word of a worker to the driver: the id of the Ray node that it is on."""
+
+    node_id: str
+
+
 class Lost(msgspec.Struct, frozen=True, tag=True):
     """Last word of a driver that cannot reach Ray."""
 

@@ -21,6 +21,7 @@ import yaml
 from service.jobs.states import JobState
 from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
+from tests.support.documents import REPOSITORY, anchors
 from tests.support.helm import (
     CHART,
     Helm,
@@ -404,7 +405,8 @@ def test_the_rules_are_rendered_for_the_namespace(helm: Helm) -> None:
     for rule in rules:
         assert 'namespace="ns"' in rule["expr"]
         assert rule["labels"]["severity"] in ("warning", "critical")
-        assert rule["annotations"]["runbook"].startswith("docs/operations.md#")
+        document, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert anchor in anchors(REPOSITORY / document)
     board = json.loads(one(found, "ConfigMap", "-dashboard")["data"]["mergeyard.json"])
     assert board["title"] == "Mergeyard"
 

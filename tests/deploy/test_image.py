@@ -160,7 +160,7 @@ def test_controller_and_worker_from_the_image_merge_together(
         assert "succeeded" in said
 
     report = json.loads((folder / "merged" / "merge_report.json").read_text())
-    workers = {shard["worker"].partition(":")[0] for shard in report["shards"]}
+    workers = {worker.partition(":")[0] for worker in report["workers"]}
     assert workers == {"ray-worker"}
     assert weight_bytes(folder / "merged") == merged_here(models, tmp_path / "here")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,7 @@ class Cluster:
         num_apis: int,
         num_runners: int,
         environment: Mapping[str, str],
+        runner_prefix: Sequence[str] = (),
     ) -> None:
         self.postgres = postgres
         self._token = secrets.token_urlsafe(32)
@@ -51,7 +52,8 @@ class Cluster:
 
         def make(name: str, *, run_jobs: bool) -> ServiceProcess:
             chosen = {**common, "MERGEYARD_RUN_JOBS": str(run_jobs)}
-            return ServiceProcess(folder / name, roots, chosen)
+            prefix = runner_prefix if run_jobs else ()
+            return ServiceProcess(folder / name, roots, chosen, prefix)
 
         self.apis = [make(f"api-{n}", run_jobs=False) for n in range(num_apis)]
         self.runners = [make(f"runner-{n}", run_jobs=True) for n in range(num_runners)]
@@ -95,8 +97,11 @@ def running_cluster(
     num_apis: int,
     num_runners: int,
     environment: Mapping[str, str] | None = None,
+    runner_prefix: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """A started cluster for the length of the block.
+
+    ``runner_prefix`` goes before the command of each runner.
 
     Raises:
         FileNotFoundError: PostgreSQL is not installed.
@@ -109,6 +114,7 @@ def running_cluster(
             num_apis=num_apis,
             num_runners=num_runners,
             environment=environment or {},
+            runner_prefix=runner_prefix,
         )
         try:
             cluster.start()

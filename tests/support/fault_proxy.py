@@ -132,13 +132,18 @@ class FaultProxy:
 
 
 @contextmanager
-def fault_proxy(endpoint: str) -> Iterator[FaultProxy]:
-    """A proxy in front of ``http://host:port``, in a thread, for the length of the block."""
+def fault_proxy(endpoint: str, address: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """A proxy in front of ``http://host:port``, in a thread, for the length of the block.
+
+    Args:
+        endpoint: Where it passes on to.
+        address: Where it listens: one of this machine's.
+    """
     host, _, port = endpoint.removeprefix("http://").partition(":")
     loop = asyncio.new_event_loop()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((address, 0)) as listener:
         proxy = FaultProxy(
-            f"http://127.0.0.1:{listener.getsockname()[1]}", upstream=(host, int(port))
+            f"http://{address}:{listener.getsockname()[1]}", upstream=(host, int(port))
         )
         start = asyncio.start_server(proxy.serve, sock=listener, limit=_HEAD_LIMIT)
         server = loop.run_until_complete(start)

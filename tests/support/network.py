@@ -1,4 +1,8 @@
-"""Hosts on one machine: network namespaces, joined by a bridge that this machine is also on."""
+"""Hosts on one machine: network namespaces, joined by a bridge that this machine is also on.
+
+A :class:`Machine` on a host has its own processes, name and ``/tmp/ray`` as well, so that a Ray
+that runs there knows of no other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
 
 _SUBNETS = "198.18"  # set aside for tests of networks (RFC 2544): nobody's address
@@ -32,6 +38,53 @@ class Host:
     def path(self) -> str:
         """The namespace as a file, for container engines."""
         return f"/run/netns/{self.name}"
+
+
+class Machine:
+    """A machine that is switched on: its first process, which waits, and what runs beside it.
+
+    Args:
+        name: Its name, as programs on it see it.
+        folder: Stands in for its ``/tmp/ray``; made.
+        host: Where it is in the network; None for this machine's own place.
+    """
+
+    def __init__(self, name: str, folder: Path, host: Host | None = None) -> None:
+        folder.mkdir(parents=True)
+        ray = Path("/tmp/ray")
+        ray.mkdir(exist_ok=True)
+        script = f"hostname {name} && mount --bind {folder} {ray} && echo on && exec sleep infinity"
+        self._first = subprocess.Popen(
+            [
+                *(host.prefix if host else ()),
+                *("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
+                *("sh", "-c", script),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._first.stdout is not None
+        if self._first.stdout.readline() != "on\n":
+            pytest.skip("namespaces of processes and mounts are not permitted here")
+        self._programs: list[subprocess.Popen[bytes]] = []
+        (inside,) = psutil.Process(self._first.pid).children()
+        namespaces = ("--mount", "--uts", "--pid", *(["--net"] if host else []))
+        self.prefix = ["nsenter", f"--target={inside.pid}", *namespaces, "--"]
+
+    def run(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        """Start a program that runs until it ends or the machine is switched off."""
+        with log.open("ab") as output:
+            program = subprocess.Popen(
+                [*self.prefix, *command], env=environment, stdout=output, stderr=output
+            )
+        self._programs.append(program)
+
+    def switch_off(self) -> None:
+        """End everything on it at once."""
+        self._first.kill()  # and with it the child, and with that all of its namespace
+        self._first.communicate()
+        for program in self._programs:
+            program.wait()
 
 
 class Network:

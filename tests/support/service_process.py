@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,10 +21,24 @@ _STOP_SECONDS = 30
 
 
 class ServiceProcess:
-    """A service over a data folder; it can be killed and started again on the same one."""
+    """A service over a data folder; it can be killed and started again on the same one.
 
-    def __init__(self, data_dir: Path, roots: list[str], environment: Mapping[str, str]) -> None:
+    Args:
+        data_dir: The folder.
+        roots: Storage roots.
+        environment: Added to this process's.
+        prefix: What goes before the command, as to run it in other namespaces.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        roots: list[str],
+        environment: Mapping[str, str],
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.data_dir = data_dir
+        self._prefix = prefix
         self._roots = roots
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
@@ -61,7 +75,7 @@ class ServiceProcess:
             arguments += ["--storage-root", root]
         with (self.data_dir / "serve.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "serve", *arguments],
+                [*self._prefix, sys.executable, "-m", "service.cli", "serve", *arguments],
                 env=os.environ | self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,87 @@
+"""Checkpoints as large as real ones that take no room: honest headers, and files full of holes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from merging.checkpoint.header import encode_header
+
+_FILE_BYTES = 5 * 10**9
+_ITEM_BYTES = 2  # bfloat16
+
+
+class Shape(NamedTuple):
+    """What the sizes of a Llama's tensors follow from."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    key_value: int
+    vocab: int
+
+
+SHAPES = {
+    "13B": Shape(5120, 13824, 40, 5120, 32000),
+    "70B": Shape(8192, 28672, 80, 1024, 32000),
+    "405B": Shape(16384, 53248, 126, 1024, 128256),
+}
+
+
+def write_sparse_model(folder: Path, shape: Shape) -> Path:
+    """Write a checkpoint whose weights are zeros, in files of 5 GB; returns the folder."""
+    folder.mkdir(parents=True)
+    files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    room = _FILE_BYTES
+    for name, dims in _tensors(shape):
+        size = math.prod(dims) * _ITEM_BYTES
+        if size > room and files[-1]:
+            files.append([])
+            room = _FILE_BYTES
+        room -= size
+        files[-1].append((name, "BF16", dims))
+    weight_map = {}
+    for number, entries in enumerate(files, 1):
+        file_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        header = encode_header(entries, {"format": "pt"})
+        size = sum(math.prod(dims) * _ITEM_BYTES for _, _, dims in entries)
+        with (folder / file_name).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + size)
+        weight_map |= {name: file_name for name, _, _ in entries}
+    total = sum(math.prod(dims) * _ITEM_BYTES for _, dims in _tensors(shape))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "tie_word_embeddings": False,
+                "torch_dtype": "bfloat16",
+            }
+        )
+    )
+    return folder
+
+
+def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in the order of the model."""
+    hidden, intermediate, layers, key_value, vocab = shape
+    tensors: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden))]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        tensors += [
+            (f"{prefix}.input_layernorm.weight", (hidden,)),
+            (f"{prefix}.self_attn.q_proj.weight", (hidden, hidden)),
+            (f"{prefix}.self_attn.k_proj.weight", (key_value, hidden)),
+            (f"{prefix}.self_attn.v_proj.weight", (key_value, hidden)),
+            (f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)),
+            (f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            (f"{prefix}.mlp.gate_proj.weight", (intermediate, hidden)),
+            (f"{prefix}.mlp.up_proj.weight", (intermediate, hidden)),
+            (f"{prefix}.mlp.down_proj.weight", (hidden, intermediate)),
+        ]
+    return [*tensors, ("model.norm.weight", (hidden,)), ("lm_head.weight", (vocab, hidden))]
