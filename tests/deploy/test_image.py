@@ -43,7 +43,7 @@ def test_the_base_is_pinned_by_digest() -> None:
     text = DOCKERFILE.read_text()
     assert "\nARG BASE=debian:12" in text
     bases = [line.split()[1] for line in text.splitlines() if line.startswith("FROM ")]
-    assert set(bases) == {"${BASE}"}
+    assert set(bases) == {"${BASE}", "tools"}
     assert "@sha256:" in text.partition("ARG BASE=")[2].partition("\n")[0]
 
 
@@ -80,7 +80,8 @@ def test_the_image_is_small_and_safe(containers: Containers) -> None:
         "for tool in pip pip3 gcc cc make git curl; do ! command -v $tool || exit 1; done;"
         " ! python -m pip --version 2>/dev/null || exit 2;"
         " ! touch /opt/x /usr/x 2>/dev/null || exit 3;"
-        " touch /tmp/x /var/lib/mergeyard/x; mergeyard --version; mergeyard methods; ray --version"
+        " touch /tmp/x /var/lib/mergeyard/x; mergeyard --version; mergeyard methods; ray --version;"
+        " ls /opt/mergeyard/lib/python3*/site-packages/service/dashboard/static"
     )
     said = containers.podman(
         "run",
@@ -94,6 +95,7 @@ def test_the_image_is_small_and_safe(containers: Containers) -> None:
         script,
     )
     assert "swudi_a" in said
+    assert "index.html" in said
 
 
 @pytest.fixture(scope="module")

@@ -68,11 +68,11 @@ class Containers:
         archive.unlink()
 
     def build(self, dockerfile: Path, arguments: dict[str, str]) -> None:
-        """Build the image; what pip knows of this machine it knows in the build too."""
+        """Build the image; what pip and npm know of this machine they know in the build."""
         options = [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command = [
             "buildah", *self._store, "bud", "--layers", "--format=docker", "--network=host",
-            "--isolation=chroot", *self._pip_mounts(), *options, f"--tag={IMAGE}",
+            "--isolation=chroot", *self._mounts(), *options, f"--tag={IMAGE}",
             f"--file={dockerfile}", str(REPOSITORY),
         ]  # fmt: skip
         self._run(command, _SECONDS_TO_BUILD)
@@ -117,7 +117,7 @@ class Containers:
             ["umount", f"{self._folder}/storage/overlay"], check=False, capture_output=True
         )
 
-    def _pip_mounts(self) -> list[str]:
+    def _mounts(self) -> list[str]:
         listed = subprocess.run(
             [sys.executable, "-m", "pip", "config", "list"],
             capture_output=True,
@@ -136,6 +136,9 @@ class Containers:
                 mounts.append(f"--volume={value}:{value}:ro")
         path = self._folder / "pip.conf"
         path.write_text("\n".join(lines) + "\n")
+        npm = Path.home() / ".npmrc"
+        if npm.exists():
+            mounts.append(f"--volume={npm}:/root/.npmrc:ro")
         return [f"--volume={path}:/etc/pip.conf:ro", *mounts]
 
     def _run(self, command: list[str], seconds: int) -> str:
