@@ -82,6 +82,7 @@ class Driver:
         context = ray.get_runtime_context()
         nodes = ray.nodes()
         self._alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        self._losses = 0
         self._address: str = context.gcs_address
         self._node_id = context.get_node_id()
         # Where the head and this machine's raylet, through which everything goes, listen.
@@ -100,7 +101,6 @@ class Driver:
         self._stream_shard = ray.remote(
             num_cpus=options.cpus_per_task,
             num_gpus=self._gpus_per_task,
-            memory=options.memory_per_task or None,
             num_returns="streaming",
             max_calls=0,
             max_retries=0,
@@ -136,7 +136,12 @@ class Driver:
             ray.cancel(followed.stream, force=command.now)
 
     def _start(self, task: ShardTask) -> None:
-        stream = self._stream_shard.remote(msgspec.json.encode(task), self._engine)
+        # Ray queues requests for the same resources behind one another, and one that it sent to a
+        # lost node gets no answer for minutes. So with each loss they become other ones, by a byte.
+        memory = abs(self._options.memory_per_task - self._losses)
+        stream = self._stream_shard.options(memory=memory or None).remote(
+            msgspec.json.encode(task), self._engine
+        )
         follower = self._group.create_task(self._follow(task, stream))
         self._followed[task.key] = _Followed(task, stream, follower)
 
@@ -175,6 +180,7 @@ class Driver:
         they are submitted anew.
         """
         is_any_lost = bool(self._alive - alive)
+        self._losses += is_any_lost
         self._alive = alive
         for followed in list(self._followed.values()):
             is_waiting = followed.node_id is None

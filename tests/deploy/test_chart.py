@@ -35,7 +35,7 @@ from tests.support.helm import (
 VALUES = sorted((CHART / "ci").glob("*.yaml"))
 KUBERNETES = "1.37"
 RAYCLUSTER_SCHEMA = "MERGEYARD_RAYCLUSTER_SCHEMA"
-NO_SCHEMA = {"RayCluster", "PodMonitor", "PrometheusRule"}  # of operators, not of Kubernetes
+NO_SCHEMA = {"RayCluster", "ServiceMonitor", "PrometheusRule"}  # of operators, not of Kubernetes
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 SECRET_WORDS = re.compile(r"PASSWORD|TOKEN|SECRET|KEY", re.IGNORECASE)
 
@@ -397,6 +397,18 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     for text in (alerts, *asked):
         assert set(re.findall(r"\bmergeyard_\w+", text)) <= known
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_prometheus_finds_replicas_and_runners(helm: Helm) -> None:
+    found = render(helm, "prefix")
+    service = one(found, "Service", "-metrics")
+    monitor = one(found, "ServiceMonitor")["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    wanted = service["spec"]["selector"].items()
+    served = [kind for kind, labels in labels_of_pods(found) if wanted <= labels.items()]
+    assert served == ["Deployment", "Deployment"]
+    (endpoint,) = monitor["endpoints"]
+    assert endpoint["authorization"]["credentials"]["name"] == "mergeyard-metrics"
 
 
 def test_the_rules_are_rendered_for_the_namespace(helm: Helm) -> None:
