@@ -150,11 +150,19 @@ def _merge_report(
                 "layer": planned[figure.tensor_name].layer,
                 "method": figure.method,
                 "seconds": figure.solve_seconds,
+                **_source_names(planned[figure.tensor_name]),
                 **figure.figures,
             }
             for figure in tensors
         ],
     }
+
+
+def _source_names(problem: Problem) -> dict[str, list[str]]:
+    """The tensor's names in the models, base first, where one has another: layers of slices."""
+    if not any(source.name for source in problem.sources):
+        return {}
+    return {"source_names": [source.name or problem.tensor_name for source in problem.sources]}
 
 
 def _sweep_output(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from merging.dtypes import ITEM_SIZE
 from merging.execute.treatment import Treatment, treatments
 from merging.plan.cost import group_limit, tile_entries
@@ -128,7 +130,9 @@ def _sources(problem: Problem, start: int, end: int) -> tuple[Source, ...]:
 def _entries(source: Source, start: int, end: int) -> Source:
     """The byte range of entries ``[start, end)`` of a source."""
     size = ITEM_SIZE[source.dtype]
-    return Source(source.file, source.start + start * size, source.start + end * size, source.dtype)
+    return msgspec.structs.replace(
+        source, start=source.start + start * size, end=source.start + end * size
+    )
 
 
 def group_pieces(pieces: Sequence[Piece], memory_budget: int) -> Iterator[Group]:

@@ -122,7 +122,8 @@ class Solver:
                 source = piece.sources[position]
                 check_finite(
                     host,
-                    f"Tensor {piece.problem.tensor_name!r} in {self._work.files[source.file].uri}",
+                    f"Tensor {source.name or piece.problem.tensor_name!r} in"
+                    f" {self._work.files[source.file].uri}",
                     "non_finite_input",
                 )
             on_device, copied = self._upload(host)

@@ -120,6 +120,6 @@ def part_of(source: Source, entries: slice) -> Source:
     """Some entries of a source."""
     size = ITEM_SIZE[source.dtype]
     first, last, _ = entries.indices(source.num_bytes // size)
-    return Source(
-        source.file, source.start + first * size, source.start + last * size, source.dtype
+    return msgspec.structs.replace(
+        source, start=source.start + first * size, end=source.start + last * size
     )

@@ -41,12 +41,17 @@ class SourceFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Source(msgspec.Struct, frozen=True, array_like=True):
-    """One input tensor: ``file`` indexes the plan's files, offsets are absolute in that file."""
+    """One input tensor: ``file`` indexes the plan's files, offsets are absolute in that file.
+
+    ``name`` is its name there where it is another one than the output tensor's (of a layer that
+    has another number).
+    """
 
     file: int
     start: int
     end: int
     dtype: str
+    name: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -428,7 +433,7 @@ class Plan(msgspec.Struct, frozen=True):
 
         def move(source: Source) -> Source:
             new = file_map.setdefault(source.file, len(file_map))
-            return Source(new, source.start, source.end, source.dtype)
+            return msgspec.structs.replace(source, file=new)
 
         problems = tuple(
             msgspec.structs.replace(

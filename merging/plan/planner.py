@@ -10,35 +10,33 @@ taken over from the base model, or from the first expert where there is none; so
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex
-from merging.dtypes import is_float, recipe_name
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.cost import Budgets
 from merging.plan.dividing import divide_large
 from merging.plan.fit import check_fit
-from merging.plan.inputs import Expert, Inputs, read_inputs
+from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
-from merging.plan.packing import data_bytes, pack
+from merging.plan.output_config import output_config
+from merging.plan.packing import pack
 from merging.plan.plan import (
     PLAN_FORMAT,
     WORKSPACE,
     Companion,
     Input,
     Plan,
-    Problem,
     Shard,
     Totals,
     checkpoint_uris,
 )
 from merging.plan.problems import ProblemBuilder
+from merging.plan.reading import read_inputs
 from merging.plan.staging import Staging
 from merging.plan.tensors import check_tensors, unmatched_filters
 from merging.plan.variants import describe_variants
@@ -49,7 +47,6 @@ from merging.storage.base import Storage
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_uri: str) -> Plan:
@@ -77,10 +74,10 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         for uri in checkpoint_uris(output_uri, [variant.name for variant in variants]):
             check_output_free(storage, uri)
     inputs = read_inputs(recipe, storage, output_uri)
-    entries = check_tensors(inputs, warnings)
+    tensors = check_tensors(inputs, warnings)
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
-    problems = builder.build(entries)
+    problems = builder.build(tensors)
     stages = Intermediates(
         builder.settings,
         builder.files,
@@ -88,9 +85,9 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         max_shard_size=options.max_shard_size,
         output_uri=output_uri,
     )
-    if variants:
+    if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
-    else:
+    if not variants:
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
     check_fit([*stages.problems, *problems], builder.settings.settings, budgets)
@@ -105,7 +102,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     warnings += warn_of_problems(problems, settings, inputs.method, options)
     warnings += [
         f"The filter {name!r} is part of no tensor's name and has no effect."
-        for name in unmatched_filters(builder.settings.filters, [e.name for e in entries])
+        for name in unmatched_filters(builder.settings.filters, _names(inputs))
     ]
     return Plan(
         format=PLAN_FORMAT,
@@ -122,7 +119,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         files=tuple(builder.files),
         settings=tuple(settings),
         shards=shards,
-        config=output_config(inputs.donor.config, problems),
+        config=output_config(inputs, problems),
         companions=_companions(inputs.donor),
         warnings=tuple(warnings),
         totals=_totals(shards),
@@ -154,32 +151,18 @@ def check_output_free(storage: Storage, output_uri: str) -> None:
         )
 
 
-def output_config(config: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
-    """The donor's config with the type that most of the output's bytes have."""
-    sizes = Counter[str]()
-    for problem in problems:
-        if is_float(problem.dtype):
-            sizes[problem.dtype] += data_bytes(problem)
-    name = recipe_name(max(sorted(sizes), key=sizes.__getitem__))
-    return _with_dtype(config, name)
-
-
-def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A copy in which every key that states a type states this one, in parts of the model too."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _DTYPE_KEYS and isinstance(value, str):
-            changed[key] = name
-        elif key.endswith("_config") and isinstance(value, dict):
-            changed[key] = _with_dtype(value, name)
-        else:
-            changed[key] = value
-    return changed
-
-
 def _inputs(inputs: Inputs) -> tuple[Input, ...]:
-    base = [Input(inputs.base.uri, "base", checkpoint_digest(inputs.base))] if inputs.base else []
-    return (*base, *(_expert_input(expert, inputs.base) for expert in inputs.experts))
+    bases = ([inputs.base] if inputs.base else []) + list(inputs.slice_bases)
+    return (
+        *(Input(base.uri, "base", checkpoint_digest(base)) for base in bases),
+        *(_expert_input(expert, inputs.base) for expert in inputs.experts),
+    )
+
+
+def _names(inputs: Inputs) -> list[str]:
+    """Names that filters may mean: of tensors of the output, and of the models."""
+    of_output = {name for section in inputs.sections for name in section.donor.tensors}
+    return sorted(of_output.union(*(index.tensors for index in inputs.all_indexes)))
 
 
 def _expert_input(expert: Expert, base: CheckpointIndex | None) -> Input:

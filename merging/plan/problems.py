@@ -24,6 +24,8 @@ from merging.plan.cost import (
 )
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.plan import Parts, Problem, Source, SourceFile
+from merging.plan.slices import stands_before_layers
+from merging.plan.tensors import OutputTensor
 from merging.plan.variants import (
     Layout,
     PlannedVariant,
@@ -38,9 +40,6 @@ from merging.selectors import layer_position
 
 _READ_ONLY_FLOATS_BECOME = "BF16"
 """Output type of F8 tensors, which are read and not written."""
-
-_BEFORE_LAYERS = frozenset({"embedding", "position", "conv"})
-"""Roles that stand before a model's first layer, where they are outside of any."""
 
 _WIDTH = {"F16": 1, "BF16": 1, "F32": 2, "F64": 3}
 
@@ -58,9 +57,11 @@ def promote(dtypes: Iterable[str]) -> str:
 class _Tensor:
     """A tensor of the output, with what its name tells."""
 
+    name: str
     entry: TensorEntry
     role: Role
     tower: str
+    section: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +84,20 @@ class ProblemBuilder:
 
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
-        entries = [expert.entry for expert in inputs.experts]
+        entries = [[expert.entry for expert in one.experts] for one in inputs.sections]
         self._variants = planned_variants(recipe)
         self.settings = VariantSettings(self._variants, entries)
         self._inputs = inputs
         self._budgets = budgets
         self._dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
-        self._uses_base = inputs.method.uses_base(is_named=inputs.base is not None)
-        self._has_adapters = any(e.adapter and e.index is inputs.donor for e in inputs.experts)
+        self._has_adapters = [
+            any(e.adapter and e.index is one.donor for e in one.experts) for one in inputs.sections
+        ]
         self._rest_is_mean = False
         self._file_numbers: dict[str, int] = {}
         self._costs: dict[tuple[int, Load], ProblemCost] = {}
 
-    def build(self, entries: Sequence[TensorEntry]) -> list[Problem]:
+    def build(self, found: Sequence[OutputTensor]) -> list[Problem]:
         """One problem for each tensor, in the model's order.
 
         Raises:
@@ -103,32 +105,33 @@ class ProblemBuilder:
                 ``incompatible_options``: a method for matrices is to merge something else.
             PlanError: ``nothing_to_do``.
         """
-        tensors = self._describe(entries)
-        num_layers: dict[str, int] = {}
+        tensors = self._describe(found)
+        num_layers: dict[tuple[int, str], int] = {}
         for tensor in tensors:
-            last = num_layers.get(tensor.tower, 0)
-            num_layers[tensor.tower] = max(last, tensor.role.layer + 1)
+            key = (tensor.section, tensor.tower)
+            first = self._inputs.sections[tensor.section].first_layer
+            num_layers[key] = max(num_layers.get(key, 0), tensor.role.layer + 1 - first)
         layout = shared_layout(
             self._variants,
             lambda v: Layout(self._touched(v, tensors), _rest_is_mean(v, self._inputs)),
-            [tensor.entry.name for tensor in tensors],
+            [tensor.name for tensor in tensors],
         )
         self._rest_is_mean = layout.rest_is_mean
-        ordered = _model_order(list(zip(tensors, layout.touched, strict=True)), num_layers)
+        ordered = _model_order(list(zip(tensors, layout.touched, strict=True)))
         problems = [
-            self._problem(tensor, num_layers[tensor.tower], is_touched=is_touched)
+            self._problem(tensor, num_layers[tensor.section, tensor.tower], is_touched=is_touched)
             for tensor, is_touched in ordered
         ]
         self.settings.raise_faults()
         return problems
 
-    def _describe(self, entries: Sequence[TensorEntry]) -> list[_Tensor]:
-        config = self._inputs.donor.config
+    def _describe(self, found: Sequence[OutputTensor]) -> list[_Tensor]:
         tensors = []
-        for entry in entries:
-            role = describe_tensor(entry.name, entry.shape, config)
-            tower = f".{entry.name}".partition(f".{role.layer}.")[0] if role.layer >= 0 else ""
-            tensors.append(_Tensor(entry, role, tower))
+        for name, entry, section in found:
+            config = self._inputs.sections[section].donor.config
+            role = describe_tensor(name, entry.shape, config)
+            tower = f".{name}".partition(f".{role.layer}.")[0] if role.layer >= 0 else ""
+            tensors.append(_Tensor(name, entry, role, tower, section))
         return tensors
 
     def _touched(self, variant: PlannedVariant, tensors: Sequence[_Tensor]) -> list[bool]:
@@ -139,7 +142,7 @@ class ProblemBuilder:
         """
         method = variant.method
         touches = _touch(variant)
-        touched = [is_float(t.entry.dtype) and touches(t.entry.name, t.role) for t in tensors]
+        touched = [is_float(t.entry.dtype) and touches(t.name, t.role) for t in tensors]
         if not any(touched):
             raise PlanError(
                 f"{method.name} would merge none of the {len(tensors)} tensors of"
@@ -152,24 +155,29 @@ class ProblemBuilder:
         return touched
 
     def _problem(self, tensor: _Tensor, num_layers: int, *, is_touched: bool) -> Problem:
-        entry, role = tensor.entry, tensor.role
-        experts = self._experts(entry, is_touched=is_touched)
-        sees_base = is_touched and self._uses_base
+        name, entry, role = tensor.name, tensor.entry, tensor.role
+        section = self._inputs.sections[tensor.section]
+        experts = self._experts(tensor, is_touched=is_touched)
+        sees_base = is_touched and _uses_base(section)
         base = None
         if not experts or sees_base or any(not one.parts.is_stored for one in experts):
-            base = self._source(self._inputs.donor, entry)
+            base = self._source(section.donor, entry, name)
         if not experts:
             setting = self.settings.copy()
         elif is_touched:
-            setting = self.settings.merge(entry.name, layer_position(role.layer, num_layers))
+            position = layer_position(role.layer - section.first_layer, num_layers)
+            names = [expert.index.tensors[name].name for expert in section.experts]
+            setting = self.settings.merge(
+                name, position if role.layer >= 0 else 0.0, tensor.section, names
+            )
         else:
-            setting = self.settings.mean()
+            setting = self.settings.mean(tensor.section)
         types = [base.dtype] if base else []
         if experts:  # adapters have no say: they are often kept wider than their model
-            types += [e.index.tensors[entry.name].dtype for e in self._inputs.experts]
+            types += [e.index.tensors[name].dtype for e in section.experts]
         parts = tuple(one.parts for one in experts)
         problem = Problem(
-            tensor_name=entry.name,
+            tensor_name=name,
             shape=entry.shape,
             dtype=(self._dtype or promote(types)) if is_float(entry.dtype) else entry.dtype,
             setting=setting,
@@ -190,44 +198,56 @@ class ProblemBuilder:
             device_bytes=cost.device_bytes,
         )
 
-    def _experts(self, entry: TensorEntry, *, is_touched: bool) -> list[_Expert]:
+    def _experts(self, tensor: _Tensor, *, is_touched: bool) -> list[_Expert]:
         """What each expert's tensor is made of; nothing if the base's is taken over.
 
         It is where no adapter has changed it: a combination of the base with itself is the base
         (but for methods without a base, whose weights need not add up to 1).
         """
-        if not (is_float(entry.dtype) and (is_touched or self._rest_is_mean)):
+        section = self._inputs.sections[tensor.section]
+        is_merged = is_touched or self._rest_is_mean or section.base is None
+        if not (is_float(tensor.entry.dtype) and is_merged):
             return []
-        experts = [self._expert(expert, entry.name) for expert in self._inputs.experts]
-        is_sum = is_touched and not self._uses_base
+        experts = [self._expert(expert, tensor) for expert in section.experts]
+        is_sum = is_touched and not _uses_base(section)
         is_unchanged = not any(one.stored or one.factors for one in experts)
         return [] if is_unchanged and not is_sum else experts
 
-    def _expert(self, expert: Expert, name: str) -> _Expert:
+    def _expert(self, expert: Expert, tensor: _Tensor) -> _Expert:
+        name = tensor.name
+        donor = self._inputs.sections[tensor.section].donor
         adapted = expert.adapted.get(name, AdaptedTensor())
         stored: tuple[Source, ...] = ()
         factors: tuple[Source, ...] = ()
         if expert.adapter is not None:
-            factors = tuple(self._source(expert.adapter, entry) for entry in adapted.factors)
+            factors = tuple(self._source(expert.adapter, entry, "") for entry in adapted.factors)
         if expert.adapter is not None and adapted.replacement is not None:
-            stored = (self._source(expert.adapter, adapted.replacement),)
-        elif not (self._has_adapters and expert.index is self._inputs.donor):
-            stored = (self._source(expert.index, expert.index.tensors[name]),)
+            stored = (self._source(expert.adapter, adapted.replacement, ""),)
+        elif not (self._has_adapters[tensor.section] and expert.index is donor):
+            stored = (self._source(expert.index, expert.index.tensors[name], name),)
         parts = Parts(bool(stored), adapted.rank, adapted.scaling, adapted.flipped)
         return _Expert(parts, stored, factors)
 
-    def _source(self, index: CheckpointIndex | AdapterIndex, entry: TensorEntry) -> Source:
+    def _source(
+        self, index: CheckpointIndex | AdapterIndex, entry: TensorEntry, output_name: str
+    ) -> Source:
         file = index.files[entry.file]
         number = self._file_numbers.setdefault(file.uri, len(self.files))
         if number == len(self.files):
             self.files.append(SourceFile(file.uri, file.size, file.version))
-        return Source(number, entry.start, entry.end, entry.dtype)
+        name = entry.name if output_name != entry.name else ""
+        return Source(number, entry.start, entry.end, entry.dtype, name)
 
     def _cost(self, setting: int, load: Load) -> ProblemCost:
         key = (setting, load)
         if key not in self._costs:
             self._costs[key] = problem_cost(self.settings.methods(setting), load, self._budgets)
         return self._costs[key]
+
+
+def _uses_base(section: Inputs) -> bool:
+    """Whether the method sees a base in a section."""
+    return section.method.uses_base(is_named=section.base is not None)
 
 
 def _touch(variant: PlannedVariant) -> TouchFilter:
@@ -243,14 +263,14 @@ def _preset(variant: PlannedVariant) -> Mapping[str, Any]:
 def _rest_is_mean(variant: PlannedVariant, inputs: Inputs) -> bool:
     """Whether tensors that the method does not merge become the experts' mean."""
     rest = variant.recipe.parameters.get("rest") or _preset(variant).get("rest")
-    if rest == "base" and inputs.base is None:
+    if rest == "base" and any(section.base is None for section in inputs.sections):
         detail = (
             "'rest: base' takes tensors from a base model, and the recipe names none; add"
             " 'base_model' or set rest to mean."
         )
         fault = Fault("/parameters/rest", "incompatible_options", detail)
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
-    return (rest or variant.method.default_rest) == "mean" or inputs.base is None
+    return (rest or variant.method.default_rest) == "mean"
 
 
 def _refuse_others(method: MergeMethod, others: Sequence[TensorEntry]) -> None:
@@ -269,17 +289,18 @@ def _refuse_others(method: MergeMethod, others: Sequence[TensorEntry]) -> None:
 _Pair = tuple[_Tensor, bool]
 
 
-def _model_order(tensors: Sequence[_Pair], towers: Iterable[str]) -> list[_Pair]:
+def _model_order(tensors: Sequence[_Pair]) -> list[_Pair]:
     """What comes before the layers, the layers tower by tower, the rest.
 
     Tensors of one layer stay as they lie in the donor's files.
     """
+    towers = dict.fromkeys(tensor.tower for tensor, _ in tensors)
     tower_rank = {tower: number for number, tower in enumerate(towers)}
 
     def key(pair: _Pair) -> tuple[int, int, int]:
         tensor = pair[0]
         if tensor.role.layer < 0:
-            return (0 if tensor.role.kind in _BEFORE_LAYERS else 2, 0, 0)
+            return (0 if stands_before_layers(tensor.name, tensor.role) else 2, 0, 0)
         return (1, tower_rank[tensor.tower], tensor.role.layer)
 
     return sorted(tensors, key=key)

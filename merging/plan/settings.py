@@ -16,12 +16,11 @@ from merging.plan.wording import SHOWN
 from merging.recipe import Recipe
 from merging.recipe.parameters import parameter_rules
 from merging.recipe.parse import recipe_error
-from merging.selectors import ParameterValue, evaluate, filters
+from merging.recipe.recipe import Level
+from merging.selectors import evaluate, filters
 
 MEAN_METHOD = "linear"
 """The method, with its default parameters, of tensors that become the experts' mean."""
-
-_Level = Mapping[str, ParameterValue]
 
 
 class SettingTable:
@@ -30,27 +29,34 @@ class SettingTable:
     Args:
         recipe: A checked recipe.
         method: Its method.
-        entries: The experts' places under ``models``.
+        entries: The experts' places among the models of each section of the recipe.
     """
 
-    def __init__(self, recipe: Recipe, method: MergeMethod, entries: Sequence[int]) -> None:
+    def __init__(
+        self, recipe: Recipe, method: MergeMethod, entries: Sequence[Sequence[int]]
+    ) -> None:
         self.settings: list[Setting] = []
         self._numbers: dict[str, int] = {}
         self._resolved: dict[str, int] = {}
         self._models: list[Parameters | None] = []
         self._method = method
         self._recipe = recipe
-        self._levels: list[tuple[_Level, ...]] = [
-            (recipe.models[entry].parameters, recipe.parameters) for entry in entries
+        self._shared = [section.levels for section in recipe.sections]
+        self._levels: list[list[tuple[Level, ...]]] = [
+            [(section.entries[place].parameters, *section.levels) for place in places]
+            for section, places in zip(recipe.sections, entries, strict=True)
         ]
-        self._own = tuple(n for n in parameter_rules(method.parameters) if n in recipe.parameters)
+        given = {name for levels in self._shared for level in levels for name in level}
+        self._own = tuple(n for n in parameter_rules(method.parameters) if n in given)
         self._expert_names = tuple(parameter_rules(method.expert_parameters))
         self._faults: dict[str, list[str]] = {}
 
     @property
     def filters(self) -> list[str]:
         """All name filters of the recipe."""
-        levels = [self._recipe.parameters, *(e.parameters for e in self._recipe.models)]
+        sections = self._recipe.sections
+        levels = [level for section in sections for level in section.levels]
+        levels += [entry.parameters for section in sections for entry in section.entries]
         return [f for level in levels for value in level.values() for f in filters(value)]
 
     def parameters(self, setting: int) -> Parameters | None:
@@ -61,24 +67,41 @@ class SettingTable:
         """The setting of tensors that are taken over."""
         return self._add(COPY, None, ())
 
-    def mean(self) -> int:
-        """The setting of tensors that become the mean of the experts."""
+    def mean(self, section: int = 0) -> int:
+        """The setting of tensors that become the mean of a section's experts."""
         method = get_method(MEAN_METHOD)
-        experts = (method.expert_parameters(),) * len(self._levels)
+        experts = (method.expert_parameters(),) * len(self._levels[section])
         return self._add(method.name, method.parameters(), experts)
 
-    def merge(self, tensor_name: str, position: float) -> int:
+    def merge(
+        self,
+        tensor_name: str,
+        position: float,
+        section: int = 0,
+        source_names: Sequence[str] = (),
+    ) -> int:
         """The setting of a tensor that the recipe's method merges.
+
+        Filters look at the name of the tensor; those for an expert, at its name there.
+
+        Args:
+            tensor_name: Its name in the output.
+            position: From :func:`~merging.selectors.layer_position`.
+            section: Of the recipe.
+            source_names: The tensor's names in the experts; the same by default.
 
         A fault is kept for :meth:`raise_faults`; the number is then of no use.
         """
         own = {
-            name: evaluate(self._recipe.parameters[name], tensor_name, position)
-            for name in self._own
+            name: _first(self._shared[section], name, tensor_name, position) for name in self._own
         }
         experts = [
-            {name: _first(levels, name, tensor_name, position) for name in self._expert_names}
-            for levels in self._levels
+            {name: _first(levels, name, source_name, position) for name in self._expert_names}
+            for levels, source_name in zip(
+                self._levels[section],
+                source_names or [tensor_name] * len(self._levels[section]),
+                strict=True,
+            )
         ]
         key = json.dumps([own, experts])
         number = self._resolved.get(key)
@@ -145,7 +168,7 @@ class SettingTable:
         return self._numbers[key]
 
 
-def _first(levels: Sequence[_Level], name: str, tensor_name: str, position: float) -> Any:
+def _first(levels: Sequence[Level], name: str, tensor_name: str, position: float) -> Any:
     """The value of the first level that has one for this tensor; None if none has."""
     for level in levels:
         if name in level:

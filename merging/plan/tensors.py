@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import is_float
@@ -12,8 +12,22 @@ from merging.plan.inputs import Expert, Inputs
 from merging.plan.wording import shorten_list
 
 
-def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
-    """The donor's tensors that the output has, in the donor's order.
+class OutputTensor(NamedTuple):
+    """A tensor of the output.
+
+    Attributes:
+        name: Its name.
+        entry: The donor's tensor.
+        section: Number of the section of the inputs that it is merged from.
+    """
+
+    name: str
+    entry: TensorEntry
+    section: int
+
+
+def check_tensors(inputs: Inputs, warnings: list[str]) -> list[OutputTensor]:
+    """The donor's tensors that the output has, in the donor's order; section by section.
 
     Args:
         inputs: All checkpoints.
@@ -26,10 +40,11 @@ def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
     donor = inputs.donor
     dropped = _tied_heads(inputs, warnings)
     faults = _quantised(inputs)
-    for expert in inputs.experts:
-        if expert.index is not donor:
-            faults += _compare(donor, expert, dropped, warnings)
-        faults += _adapted_heads(expert, dropped)
+    for section in inputs.sections:
+        for expert in section.experts:
+            if expert.index is not section.donor:
+                faults += _compare(section.donor, expert, dropped, warnings)
+            faults += _adapted_heads(expert, dropped)
     if faults:
         more = f" ({len(faults) - 1} more.)" if len(faults) > 1 else ""
         raise CheckpointError(
@@ -39,7 +54,12 @@ def check_tensors(inputs: Inputs, warnings: list[str]) -> list[TensorEntry]:
             context={"uri": donor.uri},
         )
     _compare_configs(inputs, warnings)
-    return [entry for name, entry in donor.tensors.items() if name not in dropped]
+    return [
+        OutputTensor(name, entry, number)
+        for number, section in enumerate(inputs.sections)
+        for name, entry in section.donor.tensors.items()
+        if name not in dropped
+    ]
 
 
 def _compare(
@@ -57,13 +77,13 @@ def _compare(
     missing = [n for n, e in ours.items() if is_float(e.dtype) and n not in theirs]
     refuse(
         "missing_tensor",
-        [name for name in missing if name not in dropped],
+        [ours[name].name for name in missing if name not in dropped],
         lambda count: f"{uri} lacks {count} that {donor.uri} has",
     )
     extra = [n for n in theirs if n not in ours and n not in dropped]
     refuse(
         "extra_tensor",
-        [name for name in extra if is_float(theirs[name].dtype)],
+        [theirs[name].name for name in extra if is_float(theirs[name].dtype)],
         lambda count: f"{uri} has {count} that {donor.uri} does not have",
     )
     buffers = [name for name in extra if not is_float(theirs[name].dtype)]

@@ -106,10 +106,12 @@ class VariantSettings:
 
     Args:
         variants: At least one.
-        entries: The experts' places under ``models``.
+        entries: The experts' places among the models of each section of the recipe.
     """
 
-    def __init__(self, variants: Sequence[PlannedVariant], entries: Sequence[int]) -> None:
+    def __init__(
+        self, variants: Sequence[PlannedVariant], entries: Sequence[Sequence[int]]
+    ) -> None:
         self.settings: list[Setting] = []
         self._variants = variants
         self._tables = [SettingTable(v.recipe, v.method, entries) for v in variants]
@@ -141,13 +143,17 @@ class VariantSettings:
         """The setting of tensors that are taken over."""
         return self._join([table.copy() for table in self._tables])
 
-    def mean(self) -> int:
-        """The setting of tensors that become the mean of the experts."""
-        return self._join([table.mean() for table in self._tables])
+    def mean(self, section: int) -> int:
+        """The setting of tensors that become the mean of a section's experts."""
+        return self._join([table.mean(section) for table in self._tables])
 
-    def merge(self, tensor_name: str, position: float) -> int:
+    def merge(
+        self, tensor_name: str, position: float, section: int, source_names: Sequence[str]
+    ) -> int:
         """The setting of a tensor that is merged; see :meth:`SettingTable.merge`."""
-        return self._join([table.merge(tensor_name, position) for table in self._tables])
+        return self._join(
+            [t.merge(tensor_name, position, section, source_names) for t in self._tables]
+        )
 
     def step(self, setting: int, name: str) -> int:
         """The setting of a step of a method that takes several passes."""
@@ -156,7 +162,9 @@ class VariantSettings:
         )
 
     def refuse_passes(self) -> None:
-        """Refuse methods that look at other tensors first: a sweep's variants share one pass.
+        """Refuse methods that look at other tensors first.
+
+        The variants of a sweep share one pass, and slices have experts of their own.
 
         Raises:
             RecipeError: ``incompatible_options``, with a fault for each such variant.
@@ -167,6 +175,10 @@ class VariantSettings:
                 detail = (
                     f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
                     " over the model, which variants cannot share. Submit it as a merge by itself."
+                    if variant.name
+                    else f"{variant.method.name} with these parameters looks at all tensors of each"
+                    " expert together, and slices have experts of their own. Use 'models', or"
+                    " another scope."
                 )
                 faults.append(Fault(variant.pointer, "incompatible_options", detail))
         if faults:

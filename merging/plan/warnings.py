@@ -105,7 +105,7 @@ def _warn_of_equals(inputs: Inputs, described: Sequence[Input]) -> list[str]:
         if item.role == "base" and not inputs.method.uses_base(is_named=True):
             continue
         other = first.setdefault(item.digest, item)
-        if other is item:
+        if other is item or (inputs.slices and other.uri == item.uri):
             continue
         if other.uri == item.uri:
             text = f"The expert {item.uri} is named more than once, and counts as often."

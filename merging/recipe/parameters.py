@@ -26,7 +26,7 @@ class Rule:
         is_required: There is no default.
         default: Value when the recipe says nothing.
         takes_gradient: It is a number that may lie between two others.
-        takes_filters: It may differ from tensor to tensor.
+        is_recipe_wide: It is the same for all tensors.
         description: Of the declaration.
     """
 
@@ -34,7 +34,7 @@ class Rule:
     is_required: bool
     default: Any
     takes_gradient: bool
-    takes_filters: bool
+    is_recipe_wide: bool
     description: str
 
 
@@ -52,7 +52,7 @@ def parameter_rules(model: type[Parameters]) -> Mapping[str, Rule]:
             is_required=info.is_required(),
             default=info.get_default(call_default_factory=True, validated_data={}),
             takes_gradient="number" in types,
-            takes_filters=name not in model.recipe_wide,
+            is_recipe_wide=name in model.recipe_wide,
             description=info.description or "",
         )
     return rules
@@ -127,7 +127,7 @@ def _read_value(name: str, raw: Any, pointer: str, rule: Rule, faults: list[Faul
             " entries with filters."
         )
         faults.append(Fault(pointer, "bad_parameter", detail))
-    if isinstance(value, Conditions) and not rule.takes_filters:
+    if isinstance(value, Conditions) and rule.is_recipe_wide:
         faults.append(Fault(pointer, "bad_parameter", f"{name!r} takes no entries with filters."))
     return value
 

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from merging.dtypes import RECIPE_NAMES
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod, get_method
-from merging.recipe.addresses import address_problem, split_adapter
-from merging.recipe.document import escape_pointer, load_document
+from merging.recipe.document import load_document
 from merging.recipe.parameters import (
     Rule,
     check_together,
     method_rules,
     nearest,
     parameter_rules,
-    read_parameters,
     shorten,
 )
-from merging.recipe.recipe import ModelEntry, Recipe
+from merging.recipe.recipe import Level, ModelEntry, Recipe, Section, Slice
+from merging.recipe.sources import SourceReader
 from merging.recipe.sweep import read_sweep
 from merging.roles import touch_filter
 from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
-    {"name", "models", "base_model", "merge_method", "parameters", "dtype", "out_dtype", "sweep"}
+    {"name", "models", "slices", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
+    | {"sweep"}
 )
-_MODEL_KEYS = frozenset({"model", "parameters"})
 
 _UNSUPPORTED = {
-    "slices": "Layer slices are not supported by this version: every model must have the same"
-    " layers. List the models under 'models'.",
     "modules": "Separate recipes for modules are not supported by this version; use filters on"
     " tensor names in 'parameters'.",
     "tokenizer": "Building a tokenizer is not supported by this version: all models must share"
@@ -43,12 +41,6 @@ _UNSUPPORTED = {
     "output": "Where the result goes is not part of the recipe; give it beside the recipe, when"
     " the merge is planned or submitted.",
 }
-_UNSUPPORTED_MODEL = {
-    "layer_range": "Layer ranges belong to 'slices', which this version does not support.",
-}
-_WITHOUT_EFFECT = {
-    "int8_mask": "The parameter 'int8_mask' only saves memory in mergekit; it has no effect here.",
-}
 
 
 _MAX_FAULTS = 100
@@ -56,7 +48,7 @@ _MAX_FAULTS = 100
 
 
 def parse_recipe(document: str | bytes | Mapping[str, Any]) -> Recipe:
-    """Read and check a recipe: mergekit's schema of ``models``, in YAML, JSON or already parsed.
+    """Read and check a recipe: mergekit's schema, in YAML, JSON or already parsed.
 
     Values of parameters are scalars, gradients over layers, or entries with filters; see
     :mod:`merging.selectors`. Nothing is read from storage.
@@ -88,8 +80,7 @@ def validate_recipe(
 
 def _read(data: dict[str, Any]) -> tuple[Recipe, list[Fault]]:
     """One recipe, and what is wrong with it."""
-    reader = _Reader(data)
-    return reader.read(), reader.faults
+    return _Reader(data).read()
 
 
 def recipe_error(faults: list[Fault]) -> RecipeError:
@@ -107,59 +98,31 @@ class _Reader:
     """Reads one document, collecting faults."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self.faults: list[Fault] = []
         self._data = data
+        self._faults: list[Fault] = []
         self._warnings: list[str] = []
 
-    def read(self) -> Recipe:
-        self._check_keys(self._data, "", _KEYS, _UNSUPPORTED)
+    def read(self) -> tuple[Recipe, list[Fault]]:
+        data = self._data
         method = self._method()
-        base = self._optional_model("base_model")
-        models = self._models(method)
-        parameters = self._parameters(
-            self._data.get("parameters"), "/parameters", method_rules(method) if method else None
-        )
-        if method is not None:
-            parameters = _without_defaults(parameters, method_rules(method), {})
-            models = [self._without_base_parameters(entry, method, base) for entry in models]
-            self._check_models(method, base, models)
-            self._check_parameters(method, base, models, parameters)
-            models = [
-                ModelEntry(
-                    entry.model,
-                    _without_defaults(
-                        entry.parameters, parameter_rules(method.expert_parameters), parameters
-                    ),
-                )
-                for entry in models
-            ]
-        return Recipe(
+        reader = SourceReader(method, self._faults, self._warnings)
+        reader.check_keys(data, "", _KEYS, _UNSUPPORTED)
+        recipe = Recipe(
             name=self._text("name"),
             merge_method=method.name if method else "",
-            base_model=base,
-            models=tuple(models),
-            parameters=parameters,
+            base_model=reader.base(data.get("base_model"), "/base_model"),
+            models=self._models(reader),
+            slices=reader.slices(data.get("slices"), "/slices"),
+            parameters=reader.parameters(data.get("parameters"), "/parameters"),
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
-            warnings=tuple(dict.fromkeys(self._warnings)),
         )
+        if method is not None:
+            recipe = self._check(recipe, method)
+        return replace(recipe, warnings=tuple(dict.fromkeys(self._warnings))), self._faults
 
     def _refuse(self, pointer: str, detail: str, code: str = "invalid_recipe") -> None:
-        self.faults.append(Fault(pointer, code, detail))
-
-    def _check_keys(
-        self,
-        data: dict[str, Any],
-        pointer: str,
-        known: frozenset[str],
-        unsupported: Mapping[str, str],
-    ) -> None:
-        for key in data:
-            if key in unsupported:
-                self._refuse(f"{pointer}/{key}", unsupported[key], "incompatible_options")
-            elif key not in known:
-                detail = f"Unknown key {shorten(key)}.{nearest(key, known)}"
-                self._refuse(f"{pointer}/{escape_pointer(key)}", detail)
+        self._faults.append(Fault(pointer, code, detail))
 
     def _text(self, key: str) -> str | None:
         value = self._data.get(key)
@@ -187,118 +150,99 @@ class _Reader:
             self._refuse("/merge_method", error.detail, error.code)
             return None
 
-    def _optional_model(self, key: str) -> str | None:
-        value = self._data.get(key)
-        model = None if value is None else self._model(value, f"/{key}")
-        if model and split_adapter(model)[1] is not None:
-            detail = (
-                "A base model with an adapter ('model+adapter') is not supported: merge the adapter"
-                " into it first, or list it under 'models' if it is an expert."
-            )
-            self._refuse(f"/{key}", detail, "incompatible_options")
-        return model
+    def _models(self, reader: SourceReader) -> tuple[ModelEntry, ...]:
+        given = [key for key in ("models", "slices") if self._data.get(key) is not None]
+        if len(given) > 1:
+            detail = "A recipe has 'models' or 'slices', not both."
+            self._refuse(f"/{given[1]}", detail, "incompatible_options")
+        if "models" in given or not self._data.keys() & {"slices", *_UNSUPPORTED}:
+            return reader.models(self._data.get("models"), "/models")
+        return ()
 
-    def _model(self, value: Any, pointer: str) -> str:
-        """A model's address; ``""`` if it is none."""
-        problem = address_problem(value)
-        if problem is None:
-            return str(value)
-        self._refuse(pointer, problem)
-        return ""
-
-    def _models(self, method: MergeMethod | None) -> list[ModelEntry]:
-        raw = self._data.get("models")
-        if not isinstance(raw, list) or not raw:
-            what = "is missing" if raw is None else f"is a list of models, not {shorten(raw)}"
-            if raw is not None or not self._data.keys() & _UNSUPPORTED.keys():
-                self._refuse("/models", f"The key 'models' {what}.")
-            return []
-        rules = parameter_rules(method.expert_parameters) if method else None
-        misplaced = parameter_rules(method.parameters).keys() if method else frozenset()
-        entries = []
-        for index, item in enumerate(raw):
-            pointer = f"/models/{index}"
-            if not isinstance(item, dict) or "model" not in item:
-                detail = f"An entry is a mapping with the key 'model', not {shorten(item)}."
-                self._refuse(pointer, detail)
-                if not isinstance(item, dict):
-                    continue
-            self._check_keys(item, pointer, _MODEL_KEYS, _UNSUPPORTED_MODEL)
-            model = self._model(item["model"], f"{pointer}/model") if "model" in item else ""
-            parameters = self._parameters(
-                item.get("parameters"), f"{pointer}/parameters", rules, frozenset(misplaced)
-            )
-            entries.append(ModelEntry(model, parameters))
-        return entries
-
-    def _parameters(
-        self,
-        raw: Any,
-        pointer: str,
-        rules: Mapping[str, Rule] | None,
-        misplaced: frozenset[str] = frozenset(),
-    ) -> dict[str, ParameterValue]:
-        if isinstance(raw, dict):
-            self._warnings += [text for name, text in _WITHOUT_EFFECT.items() if name in raw]
-            raw = {name: value for name, value in raw.items() if name not in _WITHOUT_EFFECT}
-        return read_parameters(raw, pointer, rules, self.faults, misplaced=misplaced)
-
-    def _without_base_parameters(
-        self, entry: ModelEntry, method: MergeMethod, base: str | None
-    ) -> ModelEntry:
-        if not (_is_base(entry.model, base, method) and entry.parameters):
-            return entry
-        self._warnings.append(
-            f"{method.name} takes no parameters for the base model; those of {base!r} under"
-            " 'models' have no effect."
+    def _check(self, recipe: Recipe, method: MergeMethod) -> Recipe:
+        """Check what belongs together, and leave out what changes nothing."""
+        recipe = replace(
+            recipe, parameters=_without_defaults(recipe.parameters, method_rules(method))
         )
-        return ModelEntry(entry.model)
+        recipe = self._without_base_parameters(recipe, method)
+        self._check_models(recipe, method)
+        self._check_touch(recipe.parameters.get("touch"))
+        if not self._faults:
+            for section in recipe.sections:
+                self._check_parameters(section, method)
+        return _simplified(recipe, method)
 
-    def _check_models(
-        self, method: MergeMethod, base: str | None, models: list[ModelEntry]
-    ) -> None:
-        """Base and number of experts, as far as addresses as they are written tell."""
+    def _without_base_parameters(self, recipe: Recipe, method: MergeMethod) -> Recipe:
+        """Leave out parameters of the base model where it is one."""
+
+        def without(entry: ModelEntry, base: str | None) -> ModelEntry:
+            if not (_is_base(entry.model, base, method) and entry.parameters):
+                return entry
+            self._warnings.append(
+                f"{method.name} takes no parameters for the base model; those of {base!r} have no"
+                " effect."
+            )
+            return replace(entry, parameters={})
+
+        return replace(
+            recipe,
+            models=tuple(without(entry, recipe.base_model) for entry in recipe.models),
+            slices=tuple(
+                replace(
+                    one,
+                    sources=tuple(
+                        without(entry, one.base_model or recipe.base_model) for entry in one.sources
+                    ),
+                )
+                for one in recipe.slices
+            ),
+        )
+
+    def _check_models(self, recipe: Recipe, method: MergeMethod) -> None:
+        """Bases and numbers of experts, as far as addresses as they are written tell."""
+        base = recipe.base_model
+        sections = recipe.sections
+        entries = [entry for section in sections for entry in section.entries]
         if method.needs_base:
-            if base is None:
-                detail = f"{method.name} needs a base model; add the key 'base_model'."
-                self._refuse("/base_model", detail, "incompatible_options")
+            for section in sections:
+                if section.base_model is None:
+                    pointer = "" if section.pointer == "/models" else section.pointer[:-8]
+                    detail = f"{method.name} needs a base model; add the key 'base_model'."
+                    self._refuse(f"{pointer}/base_model", detail, "incompatible_options")
         elif (
             not method.optional_base
             and base is not None
-            and not any(_is_same(entry.model, base) for entry in models)
+            and not any(_is_same(entry.model, base) for entry in entries)
         ):
             detail = (
                 f"{method.name} uses no base model; list {shorten(base)} under 'models' if it is"
                 " to be merged in, or remove 'base_model'."
             )
             self._refuse("/base_model", detail, "incompatible_options")
-        experts = [entry for entry in models if not _is_base(entry.model, base, method)]
-        if models and (problem := count_problem(method, len(experts))):
-            self._refuse("/models", problem, "incompatible_options")
+        for section in sections:
+            experts = [
+                e for e in section.entries if not _is_base(e.model, section.base_model, method)
+            ]
+            if section.entries and (problem := count_problem(method, len(experts))):
+                self._refuse(section.pointer, problem, "incompatible_options")
 
-    def _check_parameters(
-        self,
-        method: MergeMethod,
-        base: str | None,
-        models: list[ModelEntry],
-        parameters: Mapping[str, ParameterValue],
-    ) -> None:
-        """Parameters that are missing or do not go together."""
-        touch = parameters.get("touch")
+    def _check_touch(self, touch: Any) -> None:
         if isinstance(touch, str | list):
             try:
                 touch_filter(touch)
             except RecipeError as error:
                 self._refuse("/parameters/touch", error.detail, error.code)
-        if self.faults:
-            return
-        check_together(method.parameters, (parameters,), "/parameters", self.faults)
-        for index, entry in enumerate(models):
-            if _is_base(entry.model, base, method):
-                continue
-            levels = (entry.parameters, parameters)
-            pointer = f"/models/{index}/parameters"
-            check_together(method.expert_parameters, levels, pointer, self.faults)
+
+    def _check_parameters(self, section: Section, method: MergeMethod) -> None:
+        """Parameters that are missing or do not go together."""
+        levels = section.levels
+        outer = section.pointer.rpartition("/")[0] if len(levels) > 1 else ""
+        check_together(method.parameters, levels, f"{outer}/parameters", self._faults)
+        for number, entry in enumerate(section.entries):
+            if not _is_base(entry.model, section.base_model, method):
+                pointer = f"{section.pointer}/{number}/parameters"
+                own = (entry.parameters, *levels)
+                check_together(method.expert_parameters, own, pointer, self._faults)
 
 
 def _is_base(model: str, base: str | None, method: MergeMethod) -> bool:
@@ -327,18 +271,39 @@ def count_problem(method: MergeMethod, num_experts: int) -> str | None:
     return None
 
 
+def _simplified(recipe: Recipe, method: MergeMethod) -> Recipe:
+    """The recipe without values that equal their default, where no other level gives another."""
+    of_method, of_expert = method_rules(method), parameter_rules(method.expert_parameters)
+
+    def without(entry: ModelEntry, *outer: Level) -> ModelEntry:
+        own = _without_defaults(entry.parameters, of_expert, *outer)
+        return replace(entry, parameters=own)
+
+    def simplify(one: Slice) -> Slice:
+        own = _without_defaults(one.parameters, of_method, recipe.parameters)
+        return replace(
+            one,
+            parameters=own,
+            sources=tuple(without(entry, own, recipe.parameters) for entry in one.sources),
+        )
+
+    return replace(
+        recipe,
+        models=tuple(without(entry, recipe.parameters) for entry in recipe.models),
+        slices=tuple(map(simplify, recipe.slices)),
+    )
+
+
 def _without_defaults(
-    parameters: Mapping[str, ParameterValue],
-    rules: Mapping[str, Rule],
-    outer: Mapping[str, ParameterValue],
+    parameters: Level, rules: Mapping[str, Rule], *outer: Level
 ) -> dict[str, ParameterValue]:
     """Parameters less those that equal their default and that no outer level or preset changes."""
-    has_preset = parameters.get("preset") is not None
+    has_preset = any(level.get("preset") is not None for level in (parameters, *outer))
     return {
         name: value
         for name, value in parameters.items()
         if has_preset
-        or name in outer
+        or any(name in level for level in outer)
         or name not in rules
         or rules[name].is_required
         or value != rules[name].default

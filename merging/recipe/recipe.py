@@ -10,13 +10,61 @@ from typing import Any
 
 from merging.selectors import ParameterValue, to_plain
 
+Level = Mapping[str, ParameterValue]
+"""The ``parameters`` of one place in a recipe."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One entry under ``models``: a checkpoint's address and the parameters of this expert."""
+    """A checkpoint's address and the parameters of this expert.
+
+    Attributes:
+        model: The address.
+        parameters: Of this expert.
+        layer_range: The layers ``[a, b)`` that a slice takes; None takes the whole model.
+    """
 
     model: str
-    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    parameters: Level = field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive layers of the output: equally many layers of each source, merged.
+
+    Attributes:
+        sources: What is merged; the base may be among them.
+        base_model: Address of the base model of this slice.
+        parameters: Of this slice, and defaults for its sources.
+    """
+
+    sources: tuple[ModelEntry, ...]
+    base_model: str | None = None
+    parameters: Level = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has."""
+        first, last = self.sources[0].layer_range or (0, 0)
+        return last - first
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the output that is merged from the same models: a slice, or all of it.
+
+    Attributes:
+        pointer: JSON pointer to the list of its models.
+        entries: What is merged; the base may be among them.
+        base_model: Address of its base model.
+        levels: Parameters beside those of the entries, those that go before the others first.
+    """
+
+    pointer: str
+    entries: tuple[ModelEntry, ...]
+    base_model: str | None
+    levels: tuple[Level, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +89,7 @@ class Recipe:
 
     Attributes:
         merge_method: Name of a registered method.
-        models: In recipe order; the base may be among them.
+        models: In recipe order; the base may be among them. Empty if there are slices.
         base_model: Address of the base model.
         parameters: Of the merge, and defaults for all experts.
         dtype: Type of the merged tensors unless ``out_dtype`` is given (``bfloat16`` …). mergekit
@@ -51,6 +99,7 @@ class Recipe:
         warnings: Keys that were accepted and have no effect here.
         sweep: The variants, if several are asked for; method and parameters are then those of the
             first.
+        slices: The layers of the output from the first to the last, if not taken from whole models.
     """
 
     merge_method: str
@@ -62,6 +111,22 @@ class Recipe:
     name: str | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     sweep: Sweep | None = None
+    slices: tuple[Slice, ...] = ()
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The parts of the output, in the order of their layers."""
+        if not self.slices:
+            return (Section("/models", self.models, self.base_model, (self.parameters,)),)
+        return tuple(
+            Section(
+                f"/slices/{number}/sources",
+                one.sources,
+                one.base_model or self.base_model,
+                (one.parameters, self.parameters),
+            )
+            for number, one in enumerate(self.slices)
+        )
 
     def normalised(self) -> dict[str, Any]:
         """The recipe as plain data in one form: sorted keys, numbers in their parameter's type,
@@ -75,11 +140,8 @@ class Recipe:
             "name": self.name,
             "merge_method": self.merge_method,
             "base_model": self.base_model,
-            "models": [
-                {"model": entry.model}
-                | ({"parameters": _plain(entry.parameters)} if entry.parameters else {})
-                for entry in self.models
-            ],
+            "models": [_plain_entry(entry) for entry in self.models] or None,
+            "slices": [_plain_slice(one) for one in self.slices] or None,
             "parameters": _plain(self.parameters) or None,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
@@ -95,3 +157,19 @@ class Recipe:
 
 def _plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     return {name: to_plain(value) for name, value in sorted(parameters.items())}
+
+
+def _plain_entry(entry: ModelEntry) -> dict[str, Any]:
+    return (
+        {"model": entry.model}
+        | ({"layer_range": list(entry.layer_range)} if entry.layer_range else {})
+        | ({"parameters": _plain(entry.parameters)} if entry.parameters else {})
+    )
+
+
+def _plain_slice(one: Slice) -> dict[str, Any]:
+    return (
+        {"sources": [_plain_entry(entry) for entry in one.sources]}
+        | ({"base_model": one.base_model} if one.base_model else {})
+        | ({"parameters": _plain(one.parameters)} if one.parameters else {})
+    )

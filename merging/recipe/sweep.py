@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from merging.errors import Fault, RecipeError
@@ -106,19 +106,37 @@ def _name_problem(name: Any, names: set[str]) -> str | None:
 
 
 def _without_effect(index: int, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> list[Fault]:
-    """Parameters of a variant that an expert has a value of its own for."""
-    models = shared.get("models")
+    """Parameters of a variant that an expert or a slice has a value of its own for."""
     faults = []
-    for place, model in enumerate(models if isinstance(models, list) else ()):
-        own = model.get("parameters") if isinstance(model, dict) else None
-        for name in (entry.get("parameters") or {}).keys() & (own if isinstance(own, dict) else ()):
+    for place, own in _own_parameters(shared):
+        for name in (entry.get("parameters") or {}).keys() & own.keys():
             detail = (
-                f"{name!r} would have no effect on /models/{place}, which has a value of its own."
-                " Move that to the recipe's 'parameters'."
+                f"{name!r} would have no effect on {place}, which has a value of its own. Move that"
+                " to the recipe's 'parameters'."
             )
             pointer = f"/sweep/{index}/parameters/{escape_pointer(name)}"
             faults.append(Fault(pointer, "bad_parameter", detail))
     return faults
+
+
+def _own_parameters(shared: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Places with parameters that go before the recipe's, as far as they are well formed."""
+    for place, model in _mappings(shared.get("models"), "/models"):
+        yield place, _mapping(model.get("parameters"))
+    for place, one in _mappings(shared.get("slices"), "/slices"):
+        yield place, _mapping(one.get("parameters"))
+        for inner, source in _mappings(one.get("sources"), f"{place}/sources"):
+            yield inner, _mapping(source.get("parameters"))
+
+
+def _mappings(raw: Any, pointer: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, item in enumerate(raw if isinstance(raw, list) else ()):
+        if isinstance(item, dict):
+            yield f"{pointer}/{number}", item
+
+
+def _mapping(raw: Any) -> Mapping[str, Any]:
+    return raw if isinstance(raw, dict) else {}
 
 
 def _method(entry: Mapping[str, Any], shared: Mapping[str, Any]) -> MergeMethod | None:

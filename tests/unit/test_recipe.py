@@ -247,7 +247,11 @@ def test_malformed_recipe_is_refused(
 @pytest.mark.parametrize(
     ("changes", "pointer", "text"),
     [
-        ({"slices": []}, "/slices", "Layer slices are not supported"),
+        (
+            {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}]}]},
+            "/slices",
+            "'models' or 'slices', not both",
+        ),
         ({"modules": {}}, "/modules", "use filters"),
         ({"tokenizer": {}}, "/tokenizer", "share one vocabulary"),
         ({"tokenizer_source": "union"}, "/tokenizer_source", "share one vocabulary"),

@@ -176,3 +176,17 @@ def test_everything_that_is_wrong_is_told_at_once_and_once() -> None:
         "/sweep/1/parameters/scale",
         "/sweep/2/parameters/t",
     ]
+
+
+def test_parameter_that_a_slice_or_its_source_has_a_value_for_cannot_be_varied() -> None:
+    source = {"model": "a", "layer_range": [0, 1], "parameters": {"weight": 1}}
+    one = {"sources": [source, {"model": "b", "layer_range": [0, 1]}], "parameters": {"weight": 2}}
+    recipe, faults = validate_recipe(
+        {
+            "merge_method": "linear",
+            "slices": [one],
+            "sweep": [{"name": "x", "parameters": {"weight": 3}}],
+        }
+    )
+    assert recipe is None
+    assert {fault.pointer for fault in faults} == {"/sweep/0/parameters/weight"}

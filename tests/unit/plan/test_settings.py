@@ -52,7 +52,7 @@ def table(*models: dict[str, Any], **parameters: Any) -> SettingTable:
         models=tuple(ModelEntry("m", {k: value(v) for k, v in model.items()}) for model in models),
         parameters={k.rstrip("_"): value(v) for k, v in parameters.items()},
     )
-    return SettingTable(recipe, METHOD, range(len(models)))
+    return SettingTable(recipe, METHOD, [range(len(models))])
 
 
 def test_equal_parameters_share_a_setting() -> None:
