@@ -1,6 +1,6 @@
 /** Requests to the public API, relative to where the server says the pages live (`<base>`). */
 
-import type { Page, Problem } from "./types";
+import type { Problem } from "./types";
 
 /** Path of the service as this browser sees it, with a slash at its end. */
 export const BASE = new URL(".", globalThis.document?.baseURI ?? "http://localhost/").pathname;
@@ -62,17 +62,6 @@ export async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
 export async function send<T>(method: string, path: string, body?: unknown): Promise<T> {
   const response = await request(path, { method, body });
   return (response.status === 204 ? undefined : await response.json()) as T;
-}
-
-/** All items of a paged list, at most `most` of them. */
-export async function getAll<T>(path: string, most = 2000): Promise<T[]> {
-  const items: T[] = [];
-  for (let next: string | null = path; next && items.length < most; ) {
-    const page: Page<T> = await get<Page<T>>(next);
-    items.push(...page.data);
-    next = page.next_url;
-  }
-  return items;
 }
 
 export async function readProblem(response: Response): Promise<Problem> {

@@ -87,7 +87,7 @@ interface Lane {
 }
 
 /** Workers in the order in which they first took something up. */
-export function assignLanes(tries: readonly ShardTry[]): Lane[] {
+function assignLanes(tries: readonly ShardTry[]): Lane[] {
   const lanes = new Map<string, Lane>();
   for (const item of tries) {
     const lane = lanes.get(item.worker) ?? { worker: item.worker, tries: [] };

@@ -16,7 +16,7 @@ export function compareDocuments(documents: unknown[]): Row[] {
   });
 }
 
-export function flatten(document: unknown, prefix = ""): Map<string, string> {
+function flatten(document: unknown, prefix = ""): Map<string, string> {
   if (typeof document !== "object" || document === null) {
     return new Map([[prefix || "/", JSON.stringify(document) ?? "null"]]);
   }

@@ -61,7 +61,7 @@ function ValueInput({
 }
 
 /** The values of an enumeration, if the schema is nothing else (null is the default's name). */
-export function choicesOf(schema: JsonSchema): string[] | null {
+function choicesOf(schema: JsonSchema): string[] | null {
   if (schema.type === "boolean") return ["true", "false"];
   if (schema.enum) return schema.enum.map(showValue);
   const kinds = (schema.anyOf ?? []).filter((kind) => kind.type !== "null");
