@@ -11,7 +11,7 @@ ARGS   ?=
 PAGES  := service/dashboard/static/index.html
 PAGE_SOURCES := $(shell find dashboard -name node_modules -prune -o -type f -print) examples/recipes
 
-.PHONY: setup setup-test setup-check dashboard demo test test-fast check fmt serve bench chaos screenshots clean
+.PHONY: setup setup-test setup-check dashboard demo test test-fast check fmt serve bench chaos parity screenshots clean
 
 setup: $(VENV)/.installed                     ## the service and what the demo needs
 	@$(MAKE) --no-print-directory dashboard || echo "The dashboard is not built; API and command line do without."
@@ -70,6 +70,9 @@ bench: setup                                  ## measured figures, never asserte
 
 screenshots: setup-test dashboard             ## every page, two widths, two themes; ARGS=--readme: the README's
 	$(BIN)/python -m tests.screenshots $(ARGS)
+
+parity: setup-test                            ## the same recipes through mergekit and here, compared
+	$(BIN)/python -m tests.parity
 
 chaos: setup-test                             ## random faults; ARGS="--seconds 600 --seed 1"
 	$(BIN)/python -m tests.chaos $(ARGS)

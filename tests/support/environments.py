@@ -18,8 +18,11 @@ from tests.support.documents import REPOSITORY
 _CACHE = REPOSITORY / ".cache"
 
 
-def python_with(package: str, version: str) -> Path:
-    """The Python of an environment with a package; skips where it cannot be installed."""
+def python_with(package: str, version: str, first: str | None = None) -> Path:
+    """The Python of an environment with a package; skips where it cannot be installed.
+
+    ``first`` is a requirement to install before, if it can be had: a smaller build of something.
+    """
     environment = _CACHE / f"{package}-{version}"
     python, ready = environment / "bin" / "python", environment / "ready"
     _CACHE.mkdir(exist_ok=True)
@@ -29,7 +32,10 @@ def python_with(package: str, version: str) -> Path:
             return python
         made = [sys.executable, "-m", "venv", "--clear", str(environment)]
         installed = [str(python), "-m", "pip", "install", "--quiet", f"{package}=={version}"]
-        for command in (made, installed):
+        if first is not None:
+            subprocess.run(made, check=True)
+            subprocess.run([*installed[:-1], first], capture_output=True)
+        for command in (made, installed)[first is not None :]:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = done.stderr.strip()[-300:]

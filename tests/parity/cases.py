@@ -1,0 +1,139 @@
+"""Recipes that mergekit and this project both merge, and how near the results have to be.
+
+Models are written as ``BASE``, ``E0``, ``E1``, ``E2``. Everything is in float32: mergekit computes
+in the type of its inputs, and only there does it say what a method is to the last digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BITS = 0.0
+"""Elementwise in the same order: the same bits."""
+
+ROUNDING = 2e-6
+"""Of the change that a merge makes: sums in another order, angles in float64 instead of float32."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe.
+
+    Attributes:
+        name: What it is about.
+        recipe: In the common schema.
+        tolerance: Largest ‖ours − theirs‖ / ‖theirs − base‖ of any tensor, beyond the rounding of
+            its entries in float32.
+        flipped: Share of entries that may differ by more, where a method chooses entries by a
+            threshold and rounding decides single ones.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    tolerance: float = BITS
+    flipped: float = 0.0
+
+
+def _models(*parameters: dict[str, Any], base: bool = False) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = [{"model": "BASE"}] if base else []
+    for number, one in enumerate(parameters):
+        listed.append({"model": f"E{number}", **({"parameters": one} if one else {})})
+    return listed
+
+
+def _recipe(
+    method: str, models: list[dict[str, Any]], *, base: bool = True, **parameters: Any
+) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32"}
+    if base:
+        recipe["base_model"] = "BASE"
+    if parameters:
+        recipe["parameters"] = parameters
+    return recipe
+
+
+WEIGHTS = ({"weight": 0.3}, {"weight": 0.9}, {"weight": 0.5})
+SPARSE = tuple(
+    {**one, "density": density} for one, density in zip(WEIGHTS, (0.5, 0.3, 1.0), strict=True)
+)
+CRUMBS = tuple({**one, "gamma": 0.05} for one in SPARSE)
+FILTERED = [{"filter": "mlp", "value": 0.2}, {"filter": "self_attn", "value": 1.0}, {"value": 0.6}]
+
+CASES = [
+    Case("linear", _recipe("linear", _models(*WEIGHTS), base=False), ROUNDING),
+    Case(
+        "linear, sum", _recipe("linear", _models(*WEIGHTS), base=False, normalize=False), ROUNDING
+    ),
+    Case(
+        "linear, base listed",
+        _recipe(
+            "linear",
+            [{"model": "BASE", "parameters": {"weight": 1.0}}, *_models(*WEIGHTS)],
+            base=False,
+        ),
+        ROUNDING,
+    ),
+    Case("task_arithmetic", _recipe("task_arithmetic", _models(*WEIGHTS))),
+    Case(
+        "task_arithmetic, lambda", _recipe("task_arithmetic", _models(*WEIGHTS), **{"lambda": 0.7})
+    ),
+    Case("task_arithmetic, mean", _recipe("task_arithmetic", _models(*WEIGHTS), normalize=True)),
+    Case(
+        "weights by filter",
+        _recipe("task_arithmetic", _models({"weight": FILTERED}, {"weight": 0.5})),
+    ),
+    Case(
+        "weights by layer",
+        _recipe("task_arithmetic", _models({"weight": [0.0, 1.0]}, {"weight": [1.0, 0.5, 0.0]})),
+    ),
+    Case("base listed with weight", _recipe("task_arithmetic", _models(*WEIGHTS, base=True))),
+    Case("ties", _recipe("ties", _models(*SPARSE))),
+    Case("ties, sum", _recipe("ties", _models(*SPARSE), normalize=False)),
+    Case(
+        "ties, density by filter",
+        _recipe(
+            "ties",
+            _models(
+                *(
+                    {"weight": 1.0, "density": [{"filter": "mlp", "value": 0.4}, {"value": 0.8}]}
+                    for _ in range(3)
+                )
+            ),
+        ),
+    ),
+    Case("breadcrumbs", _recipe("breadcrumbs", _models(*CRUMBS))),
+    Case("breadcrumbs, rescaled", _recipe("breadcrumbs", _models(*CRUMBS), rescale=True), ROUNDING),
+    Case("breadcrumbs_ties", _recipe("breadcrumbs_ties", _models(*CRUMBS))),
+    Case("sce", _recipe("sce", _models({}, {}, {})), ROUNDING),
+    Case(
+        "sce, a third",
+        _recipe("sce", _models({}, {}, {}), select_topk=0.33),
+        ROUNDING,
+        flipped=1e-3,
+    ),
+    Case("slerp", _recipe("slerp", _models({}, base=True), t=0.3), 1e-5),
+    Case(
+        "slerp by layer and filter",
+        _recipe(
+            "slerp",
+            _models({}, base=True),
+            t=[{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}],
+        ),
+        1e-4,
+    ),
+    Case("nuslerp", _recipe("nuslerp", _models(*WEIGHTS[:2]), base=False), 1e-5),
+    Case("nuslerp, task vectors", _recipe("nuslerp", _models(*WEIGHTS[:2])), 1e-5),
+    Case("nuslerp, rows", _recipe("nuslerp", _models(*WEIGHTS[:2]), nuslerp_flatten=False), 1e-5),
+    Case("multislerp", _recipe("multislerp", _models(*WEIGHTS), base=False), 1e-5),
+    Case("multislerp, task vectors", _recipe("multislerp", _models(*WEIGHTS)), 1e-5),
+    Case("karcher", _recipe("karcher", _models({}, {}, {}), base=False), 1e-4),
+    Case("model_stock", _recipe("model_stock", _models({}, {}, {})), 1e-5),
+    Case("model_stock, rows", _recipe("model_stock", _models({}, {}, {}), filter_wise=True), 1e-5),
+    Case("nearswap", _recipe("nearswap", _models({}), t=1e-4), 1e-5),
+    Case("arcee_fusion", _recipe("arcee_fusion", _models({})), ROUNDING, flipped=2e-2),
+    Case("ram", _recipe("ram", _models({}, {}, {})), ROUNDING),
+    Case("ramplus_tl", _recipe("ramplus_tl", _models({}, {}, {})), 1e-5),
+    Case("passthrough", _recipe("passthrough", _models({}), base=False)),
+    Case("passthrough, scaled", _recipe("passthrough", _models({"scale": 0.5}), base=False)),
+]
