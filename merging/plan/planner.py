@@ -28,7 +28,6 @@ from merging.plan.packing import pack
 from merging.plan.plan import (
     PLAN_FORMAT,
     WORKSPACE,
-    Companion,
     Input,
     Plan,
     Shard,
@@ -39,6 +38,7 @@ from merging.plan.problems import ProblemBuilder
 from merging.plan.reading import read_inputs
 from merging.plan.staging import Staging
 from merging.plan.tensors import check_tensors, unmatched_filters
+from merging.plan.tokenizer import choose_companions
 from merging.plan.variants import describe_variants
 from merging.plan.warnings import warn_of_inputs, warn_of_problems
 from merging.plan.wording import shorten_list
@@ -75,6 +75,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
             check_output_free(storage, uri)
     inputs = read_inputs(recipe, storage, output_uri)
     tensors = check_tensors(inputs, warnings)
+    companions = choose_companions(recipe, inputs, storage, warnings)
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
     problems = builder.build(tensors)
@@ -120,7 +121,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         settings=tuple(settings),
         shards=shards,
         config=output_config(inputs, problems),
-        companions=_companions(inputs.donor),
+        companions=companions,
         warnings=tuple(warnings),
         totals=_totals(shards),
         device_memory_budget=options.device_memory_budget,
@@ -183,13 +184,6 @@ def checkpoint_digest(index: CheckpointIndex | AdapterIndex) -> str:
         name = file.uri[len(index.uri) + 1 :]
         digest.update(f"{name}\n{file.size}\n{file.version}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _companions(donor: CheckpointIndex) -> tuple[Companion, ...]:
-    return tuple(
-        Companion(f"{donor.uri}/{name}", name, version)
-        for name, version in sorted(donor.companions.items())
-    )
 
 
 def _totals(shards: Sequence[Shard]) -> Totals:

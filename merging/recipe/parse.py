@@ -26,16 +26,12 @@ from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
     {"name", "models", "slices", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
-    | {"sweep"}
+    | {"sweep", "tokenizer", "tokenizer_source"}
 )
 
 _UNSUPPORTED = {
     "modules": "Separate recipes for modules are not supported by this version; use filters on"
     " tensor names in 'parameters'.",
-    "tokenizer": "Building a tokenizer is not supported by this version: all models must share"
-    " one vocabulary, and the base model's tokenizer files are taken. Remove the key.",
-    "tokenizer_source": "Building a tokenizer is not supported by this version: all models must"
-    " share one vocabulary, and the base model's tokenizer files are taken. Remove the key.",
     "chat_template": "Choosing a chat template is not supported by this version: the base model's"
     " is taken along. Remove the key.",
     "output": "Where the result goes is not part of the recipe; give it beside the recipe, when"
@@ -116,6 +112,7 @@ class _Reader:
             parameters=reader.parameters(data.get("parameters"), "/parameters"),
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
+            tokenizer_source=reader.tokenizer(data),
         )
         if method is not None:
             recipe = self._check(recipe, method)

@@ -14,6 +14,10 @@ Level = Mapping[str, ParameterValue]
 """The ``parameters`` of one place in a recipe."""
 
 
+TOKENIZER_WORDS = frozenset({"base", "union"})
+"""What ``tokenizer_source`` says instead of a model's address."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
     """A checkpoint's address and the parameters of this expert.
@@ -100,6 +104,7 @@ class Recipe:
         sweep: The variants, if several are asked for; method and parameters are then those of the
             first.
         slices: The layers of the output from the first to the last, if not taken from whole models.
+        tokenizer_source: Whose tokenizer the output has: ``base``, ``union`` or a model's address.
     """
 
     merge_method: str
@@ -112,6 +117,7 @@ class Recipe:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     sweep: Sweep | None = None
     slices: tuple[Slice, ...] = ()
+    tokenizer_source: str | None = None
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -145,6 +151,7 @@ class Recipe:
             "parameters": _plain(self.parameters) or None,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
+            "tokenizer_source": self.tokenizer_source,
         }
         return {key: value for key, value in sorted(plain.items()) if value is not None}
 

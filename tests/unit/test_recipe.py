@@ -72,6 +72,19 @@ def test_mergekit_recipe_is_read() -> None:
     assert [(c.filter, c.value) for c in weight.entries] == [("mlp", 0.5), (None, 0.0)]
 
 
+@pytest.mark.parametrize("source", ["base", "union", "s3://bucket/chat"])
+def test_both_ways_to_name_a_tokenizer_say_the_same(source: str) -> None:
+    recipe = parse_recipe(linear(tokenizer_source=source))
+    assert recipe.tokenizer_source == source
+    assert recipe == parse_recipe(linear(tokenizer={"source": source}))
+    assert parse_recipe(recipe.normalised()) == recipe
+    assert recipe.digest != parse_recipe(linear()).digest
+
+
+def test_tokenizer_is_the_union_unless_it_says_otherwise() -> None:
+    assert parse_recipe(linear(tokenizer={})).tokenizer_source == "union"
+
+
 def test_text_bytes_json_and_mapping_give_the_same_recipe() -> None:
     import yaml
 
@@ -236,6 +249,10 @@ def test_one_kind_of_fault_gives_the_error_its_code() -> None:
         ({"dtype": "floot16"}, "/dtype", ["float16"]),
         ({"out_dtype": "int64"}, "/out_dtype", ["not a float type"]),
         ({"name": ["a"]}, "/name", ["is a text"]),
+        ({"tokenizer_source": 3}, "/tokenizer_source", ["not 3"]),
+        ({"tokenizer": "base"}, "/tokenizer", ["a mapping with 'source'"]),
+        ({"tokenizer": {"sorce": "a"}}, "/tokenizer/sorce", ["'source'"]),
+        ({"tokenizer": {"source": "hf://a/b"}}, "/tokenizer/source", ["download the model"]),
     ],
 )
 def test_malformed_recipe_is_refused(
@@ -253,8 +270,15 @@ def test_malformed_recipe_is_refused(
             "'models' or 'slices', not both",
         ),
         ({"modules": {}}, "/modules", "use filters"),
-        ({"tokenizer": {}}, "/tokenizer", "share one vocabulary"),
-        ({"tokenizer_source": "union"}, "/tokenizer_source", "share one vocabulary"),
+        *(
+            ({"tokenizer": {"source": "base", key: value}}, f"/tokenizer/{key}", "share one")
+            for key, value in (("tokens", {}), ("pad_to_multiple_of", 64))
+        ),
+        (
+            {"tokenizer": {"source": "base"}, "tokenizer_source": "base"},
+            "/tokenizer_source",
+            "not both",
+        ),
         ({"chat_template": "auto"}, "/chat_template", "base model's"),
         ({"output": "x"}, "/output", "beside the recipe"),
         (
