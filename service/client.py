@@ -123,8 +123,7 @@ class Client:
         return self._submit({"plan_id": plan_id, **fields}, idempotency_key)
 
     def _submit(self, body: Mapping[str, Any], key: str | None) -> dict[str, Any]:
-        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return self._call("POST", "/v1/jobs", json=body, headers=headers)
+        return self._create("/v1/jobs", body, key)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """One job."""
@@ -158,7 +157,7 @@ class Client:
     ) -> dict[str, Any]:
         """What a job would do, without running it; :meth:`run_plan` runs just that."""
         body = {"recipe": recipe, "output_uri": output_uri, **fields}
-        return self._call("POST", "/v1/plans", json=body)
+        return self._create("/v1/plans", body)
 
     def report(self, job_id: str) -> dict[str, Any]:
         """The merge report of a job that succeeded."""
@@ -235,6 +234,10 @@ class Client:
     def _list(self, path: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._call("GET", path, params=parameters)["data"]
         return found
+
+    def _create(self, path: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return self._call("POST", path, json=body, headers=headers)
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:

@@ -1,4 +1,4 @@
-"""The ``Idempotency-Key`` header (IETF draft): a repeated request makes no second job."""
+"""The ``Idempotency-Key`` header (IETF draft): a repeated request makes nothing twice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import re
 from typing import Annotated, Any
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Response
+from pydantic import BaseModel
 
 from service.auth import Principal
 from service.jobs.records import IdempotencyRequest
@@ -21,7 +22,7 @@ async def _key(
         str | None,
         Header(
             description="Up to 255 visible ASCII characters, bare or in quotes. A repeat with the"
-            " same body within 24 hours is answered with the first job."
+            " same body within 24 hours is answered with what the first made."
         ),
     ] = None,
 ) -> str | None:
@@ -52,3 +53,14 @@ def idempotency_request(
         key=key,
         fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
     )
+
+
+def mark_replayed(response: Response) -> None:
+    """Say that this answer shows what an earlier request made."""
+    response.status_code = 200
+    response.headers["Idempotency-Replayed"] = "true"
+
+
+def replays(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a route that makes something: what a repeat is answered with."""
+    return {200: {"description": "What the key made first", "model": model}}

@@ -20,7 +20,7 @@ from service.api.deps import (
     TraceParent,
     guarded,
 )
-from service.api.idempotency import IdempotencyKey, idempotency_request
+from service.api.idempotency import IdempotencyKey, idempotency_request, mark_replayed, replays
 from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
 from service.api.schemas import LABEL, IntegrationRequest, JobSubmission, Resubmission
@@ -86,7 +86,7 @@ def show_job(services: Services, job: JobRecord, response: Response) -> JobDetai
     "",
     operation_id="jobs.create",
     status_code=201,
-    responses={200: {"description": "The key's first job", "model": JobDetail}},
+    responses=replays(JobDetail),
     **guarded(Scope.JOBS_WRITE),
 )
 async def create_job(
@@ -109,7 +109,7 @@ async def create_job(
     "/{job_id}/resubmit",
     operation_id="jobs.resubmit",
     status_code=201,
-    responses={200: {"description": "The key's first job", "model": JobDetail}},
+    responses=replays(JobDetail),
     **guarded(Scope.JOBS_WRITE),
 )
 async def resubmit_job(
@@ -154,8 +154,7 @@ def _show_submitted(
 ) -> JobDetail:
     response.headers["Location"] = services.href(f"/v1/jobs/{job.id}")
     if not is_new:
-        response.status_code = 200
-        response.headers["Idempotency-Replayed"] = "true"
+        mark_replayed(response)
     return show_job(services, job, response)
 
 

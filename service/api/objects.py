@@ -287,7 +287,7 @@ class TokenObject(BaseModel):
 class NewToken(TokenObject):
     """A token that was just made."""
 
-    secret: str = Field(description="Shown this once.")
+    secret: str | None = Field(description="Shown this once; null when a request is repeated.")
 
 
 class SessionObject(BaseModel):

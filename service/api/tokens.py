@@ -4,21 +4,53 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from service.api.deps import ServicesDep, guarded
+from service.api.deps import PrincipalDep, ServicesDep, guarded
+from service.api.idempotency import (
+    IdempotencyKey,
+    idempotency_request,
+    mark_replayed,
+    replays,
+)
 from service.api.objects import NewToken, Page, TokenObject
 from service.api.schemas import TokenRequest
 from service.api.views import token_object
 from service.auth import Scope
+from service.jobs.errors import RepeatedRequestError
 
 router = APIRouter(prefix="/v1/tokens", tags=["tokens"])
 
 
-@router.post("", operation_id="tokens.create", status_code=201, **guarded(Scope.ADMIN))
-def create_token(body: TokenRequest, services: ServicesDep, response: Response) -> NewToken:
-    """Make a token. Its secret is in this answer and nowhere else."""
-    token, secret = services.store.create_token(
-        body.name, [scope.value for scope in body.scopes], expires_at=body.expires_at
-    )
+@router.post(
+    "",
+    operation_id="tokens.create",
+    status_code=201,
+    responses=replays(NewToken),
+    **guarded(Scope.ADMIN),
+)
+def create_token(
+    body: TokenRequest,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    key: IdempotencyKey,
+    response: Response,
+) -> NewToken:
+    """Make a token. Its secret is in this answer and nowhere else.
+
+    The repeat of a request shows the token with ``secret`` null, since only its hash is kept: if
+    the first answer was lost, revoke the token and make another.
+    """
+    request = idempotency_request(key, principal, "/v1/tokens", body.model_dump(mode="json"))
+    secret: str | None = None
+    try:
+        token, secret = services.store.create_token(
+            body.name,
+            [scope.value for scope in body.scopes],
+            expires_at=body.expires_at,
+            idempotency=request,
+        )
+    except RepeatedRequestError as repeated:
+        token = services.store.get_token(repeated.object_id)
+        mark_replayed(response)
     response.headers["Location"] = services.href(f"/v1/tokens/{token.id}")
     return NewToken(**token_object(token).model_dump(), secret=secret)
 

@@ -10,6 +10,12 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Path, Query, Response
 
 from service.api.deps import PrincipalDep, Services, ServicesDep, guarded
+from service.api.idempotency import (
+    IdempotencyKey,
+    idempotency_request,
+    mark_replayed,
+    replays,
+)
 from service.api.objects import Page
 from service.api.pagination import decode_cursor, encode_cursor
 from service.api.views import members
@@ -22,6 +28,7 @@ from service.api.webhook_objects import (
     RotationRequest,
 )
 from service.auth import Scope
+from service.jobs.errors import RepeatedRequestError
 from service.jobs.outbox import DeliveryFilter, DeliveryState, EndpointRecord, NewEndpoint
 from service.jobs.records import JobCursor
 from service.problems import RequestError
@@ -52,22 +59,38 @@ EndpointId = Annotated[str, Depends(_endpoint_id)]
 DeliveryId = Annotated[str, Depends(_delivery_id)]
 
 
-@router.post("", operation_id="webhooks.create", status_code=201, **_GUARD)
+@router.post(
+    "",
+    operation_id="webhooks.create",
+    status_code=201,
+    responses=replays(EndpointWithSecret),
+    **_GUARD,
+)
 def create_endpoint(
-    body: EndpointRequest, services: ServicesDep, principal: PrincipalDep, response: Response
+    body: EndpointRequest,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    key: IdempotencyKey,
+    response: Response,
 ) -> EndpointWithSecret:
-    """Make an endpoint. Its secret is in this answer and nowhere else."""
+    """Make an endpoint. Its secret is in this answer, and in that to a repeat, and nowhere else."""
     services.guard.check_url(body.url)
-    endpoint = services.store.create_endpoint(
-        NewEndpoint(
-            url=body.url,
-            description=body.description,
-            events=tuple(dict.fromkeys(body.events)),
-            format=body.format,
-            key_id=services.keys.newest_id,
-            initiator=principal.token_id,
-        )
+    request = idempotency_request(
+        key, principal, "/v1/webhook-endpoints", body.model_dump(mode="json")
     )
+    new = NewEndpoint(
+        url=body.url,
+        description=body.description,
+        events=tuple(dict.fromkeys(body.events)),
+        format=body.format,
+        key_id=services.keys.newest_id,
+        initiator=principal.token_id,
+    )
+    try:
+        endpoint = services.store.create_endpoint(new, idempotency=request)
+    except RepeatedRequestError as repeated:
+        endpoint = services.store.get_endpoint(repeated.object_id)
+        mark_replayed(response)
     response.headers["Location"] = services.href(f"/v1/webhook-endpoints/{endpoint.id}")
     return _with_secret(services, endpoint)
 

@@ -8,6 +8,7 @@ StoreError
 ├── RevisionMismatchError      somebody changed the job since it was read
 ├── StaleLeaseError            another runner holds the job, or the claim was released
 ├── IdempotencyReusedError     the key was used for another request
+├── RepeatedRequestError       the key of a request has made something already
 ├── EndpointDisabledError      nothing is sent to a webhook endpoint that is disabled
 ├── EndpointLimitError         there are too many webhook endpoints
 └── StoreUnavailableError      the database cannot be reached or is locked; retryable
@@ -62,6 +63,14 @@ class IdempotencyReusedError(StoreError):
     """The idempotency key was used before, for another request."""
 
     default_code = "idempotency_key_reused"
+
+
+class RepeatedRequestError(StoreError):
+    """The same request was made before; its key stands for ``object_id``."""
+
+    def __init__(self, object_id: str) -> None:
+        super().__init__(f"The request has made {object_id} already.")
+        self.object_id = object_id
 
 
 class EndpointDisabledError(StoreError):

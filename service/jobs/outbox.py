@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from service.jobs.records import EventType, JobCursor
+from service.jobs.records import EventType, IdempotencyRequest, JobCursor
 from service.jobs.states import JobState
 
 
@@ -177,7 +177,9 @@ class AttemptOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class EndpointStore(Protocol):
     """Webhook endpoints and their deliveries: the API's side."""
 
-    def create_endpoint(self, endpoint: NewEndpoint) -> EndpointRecord:
+    def create_endpoint(
+        self, endpoint: NewEndpoint, *, idempotency: IdempotencyRequest | None = None
+    ) -> EndpointRecord:
         """Make an endpoint. Raises ``EndpointLimitError`` when there are too many."""
 
     def list_endpoints(self) -> list[EndpointRecord]:

@@ -18,18 +18,20 @@ from service.jobs.outbox import (
     EndpointRecord,
     NewEndpoint,
 )
-from service.jobs.records import JobCursor
+from service.jobs.records import IdempotencyRequest, JobCursor
 from service.jobs.rows import to_json, to_record
-from service.jobs.sql_base import SqlBase
+from service.jobs.sql_keys import KeyStatements, forget_keys
 from service.jobs.tables import UtcDateTime, outbox, webhook_endpoints
 
 MOST_ENDPOINTS = 100
 
 
-class EndpointStatements(SqlBase):
+class EndpointStatements(KeyStatements):
     """See :class:`service.jobs.outbox.EndpointStore`."""
 
-    def create_endpoint(self, endpoint: NewEndpoint) -> EndpointRecord:
+    def create_endpoint(
+        self, endpoint: NewEndpoint, *, idempotency: IdempotencyRequest | None = None
+    ) -> EndpointRecord:
         """See :meth:`service.jobs.outbox.EndpointStore.create_endpoint`."""
         values = {
             **to_json(endpoint),
@@ -38,12 +40,13 @@ class EndpointStatements(SqlBase):
         }
         count = sa.select(sa.func.count()).select_from(webhook_endpoints)
         with self._write() as connection:
+            now = self._now(connection)
+            values |= {"id": new_id("whe", now), "created_at": now}
+            self._claim_key(connection, idempotency, values["id"])
             if connection.execute(count).scalar_one() >= MOST_ENDPOINTS:
                 raise EndpointLimitError(
                     f"There are {MOST_ENDPOINTS} webhook endpoints already; delete one first."
                 )
-            now = self._now(connection)
-            values |= {"id": new_id("whe", now), "created_at": now}
             insert = sa.insert(webhook_endpoints).values(values).returning(webhook_endpoints)
             return to_record(connection.execute(insert).one(), EndpointRecord)
 
@@ -84,6 +87,7 @@ class EndpointStatements(SqlBase):
         with self._write() as connection:
             if not connection.execute(delete).rowcount:
                 raise _not_found(endpoint_id)
+            forget_keys(connection, endpoint_id)
 
     def test_endpoint(self, endpoint_id: str) -> DeliveryRecord:
         """See :meth:`service.jobs.outbox.EndpointStore.test_endpoint`."""

@@ -11,19 +11,21 @@ import sqlalchemy as sa
 
 from service.jobs.errors import NotFoundError
 from service.jobs.ids import new_id
-from service.jobs.records import NewPlan, PlanRecord
+from service.jobs.records import IdempotencyRequest, NewPlan, PlanRecord
 from service.jobs.rows import to_json, to_record
-from service.jobs.sql_base import SqlBase
+from service.jobs.sql_keys import KeyStatements
 from service.jobs.tables import plans
 
 PLAN_HOURS = 24
 """How long a plan can be run; published in the API's documentation."""
 
 
-class PlanStatements(SqlBase):
+class PlanStatements(KeyStatements):
     """See :class:`service.jobs.store.PlanStore`."""
 
-    def keep_plan(self, plan: NewPlan) -> PlanRecord:
+    def keep_plan(
+        self, plan: NewPlan, *, idempotency: IdempotencyRequest | None = None
+    ) -> PlanRecord:
         """See :meth:`service.jobs.store.PlanStore.keep_plan`."""
         now = self._clock()
         values = {
@@ -33,6 +35,7 @@ class PlanStatements(SqlBase):
             "expires_at": now + timedelta(hours=PLAN_HOURS),
         }
         with self._write() as connection:
+            self._claim_key(connection, idempotency, values["id"])
             connection.execute(sa.delete(plans).where(plans.c.expires_at <= now))
             row = connection.execute(sa.insert(plans).values(values).returning(plans)).one()
         return to_record(row, PlanRecord)

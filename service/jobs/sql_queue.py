@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.jobs.changes import end_phase, state_changed
 from service.jobs.errors import (
     AlreadyTerminalError,
-    IdempotencyReusedError,
     IllegalTransitionError,
+    RepeatedRequestError,
     RevisionMismatchError,
 )
 from service.jobs.ids import new_id
@@ -27,74 +25,35 @@ from service.jobs.records import (
     Progress,
 )
 from service.jobs.rows import to_json, to_record
-from service.jobs.sql_base import SqlBase
+from service.jobs.sql_keys import KeyStatements, forget_keys
 from service.jobs.states import JobState
-from service.jobs.tables import documents, idempotency_keys, jobs, shards
-
-IDEMPOTENCY_HOURS = 24
-"""How long a key is remembered; published in the API's documentation."""
-
-_KEY_COLUMNS = ("owner", "method", "path", "key")
+from service.jobs.tables import documents, jobs, shards
 
 
-class QueueStatements(SqlBase):
+class QueueStatements(KeyStatements):
     """What anybody may change."""
 
     def submit(
         self, job: NewJob, *, idempotency: IdempotencyRequest | None = None
     ) -> tuple[JobRecord, bool]:
         """See :meth:`service.jobs.store.JobQueue.submit`."""
-        with self._write() as connection:
-            job_id = new_id("job", self._now(connection))
-            if idempotency is not None:
-                first = self._claim_key(connection, idempotency, job_id)
-                if first is not None:
-                    return self._lock(connection, first), False
-            return self._insert_job(connection, job_id, job), True
+        try:
+            with self._write() as connection:
+                job_id = new_id("job", self._now(connection))
+                self._claim_key(connection, idempotency, job_id)
+                return self._insert_job(connection, job_id, job), True
+        except RepeatedRequestError as repeated:
+            with self._write() as connection:
+                return self._lock(connection, repeated.object_id), False
 
     def find_submitted(self, idempotency: IdempotencyRequest) -> JobRecord | None:
         """See :meth:`service.jobs.store.JobQueue.find_submitted`."""
+        job_id = self.find_created(idempotency)
+        if job_id is None:
+            return None
         with self._read() as connection:
-            job_id = self._find_key(connection, idempotency)
-            if job_id is None:
-                return None
             row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
         return None if row is None else to_record(row, JobRecord)
-
-    def _claim_key(
-        self, connection: sa.Connection, request: IdempotencyRequest, job_id: str
-    ) -> str | None:
-        """Take a key for this job, or give the job that has it already.
-
-        The insert waits for another transaction that is just taking the same key, and then finds
-        it taken: equal requests, however many at once, make one job.
-        """
-        now = self._now(connection)
-        keys = idempotency_keys
-        expired = keys.c.created_at < now - timedelta(hours=IDEMPOTENCY_HOURS)
-        connection.execute(sa.delete(keys).where(expired))
-        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-        row = {**to_json(request), "job_id": job_id, "created_at": now}
-        taken = insert(keys).values(row).on_conflict_do_nothing().returning(keys.c.job_id)
-        if connection.execute(taken).one_or_none() is not None:
-            return None
-        return self._find_key(connection, request)
-
-    def _find_key(self, connection: sa.Connection, request: IdempotencyRequest) -> str | None:
-        keys = idempotency_keys
-        same = (keys.c[name] == getattr(request, name) for name in _KEY_COLUMNS)
-        fresh = keys.c.created_at >= self._now(connection) - timedelta(hours=IDEMPOTENCY_HOURS)
-        query = sa.select(keys.c.job_id, keys.c.fingerprint).where(*same, fresh)
-        found = connection.execute(query).one_or_none()
-        if found is None:
-            return None
-        if found.fingerprint != request.fingerprint:
-            raise IdempotencyReusedError(
-                "This Idempotency-Key was used for another request. Use a new key, or send the"
-                " first request again unchanged.",
-                context={"job_id": found.job_id},
-            )
-        return str(found.job_id)
 
     def _insert_job(self, connection: sa.Connection, job_id: str, job: NewJob) -> JobRecord:
         now = self._now(connection)
@@ -207,6 +166,7 @@ class QueueStatements(SqlBase):
                     context={"job_id": job_id, "state": str(job.state)},
                 )
             connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+            forget_keys(connection, job_id)
 
 
 def _afresh(entry: JobIntegration) -> JobIntegration:

@@ -14,9 +14,10 @@ import sqlalchemy as sa
 
 from service.jobs.errors import NotFoundError
 from service.jobs.ids import new_id
-from service.jobs.records import TokenRecord
+from service.jobs.records import IdempotencyRequest, TokenRecord
 from service.jobs.rows import to_record
-from service.jobs.sql_base import Clock, SqlBase
+from service.jobs.sql_base import Clock
+from service.jobs.sql_keys import KeyStatements
 from service.jobs.tables import sessions, tokens
 
 SECRET_PREFIX = "mergeyard_"  # noqa: S105 - what scanners look for, not a secret
@@ -34,7 +35,7 @@ def new_secret() -> str:
     return f"{SECRET_PREFIX}{chance}{zlib.crc32(chance.encode()):08x}"
 
 
-class TokenStatements(SqlBase):
+class TokenStatements(KeyStatements):
     """See :class:`service.jobs.store.TokenStore`.
 
     Tokens are remembered for a second, since every request asks for one. One that another replica
@@ -46,12 +47,19 @@ class TokenStatements(SqlBase):
         self._known_tokens: dict[str, tuple[TokenRecord | None, float]] = {}
 
     def create_token(
-        self, name: str, scopes: Sequence[str], *, expires_at: datetime | None = None
+        self,
+        name: str,
+        scopes: Sequence[str],
+        *,
+        expires_at: datetime | None = None,
+        idempotency: IdempotencyRequest | None = None,
     ) -> tuple[TokenRecord, str]:
         """See :meth:`service.jobs.store.TokenStore.create_token`."""
         secret = new_secret()
         with self._write() as connection:
-            return self._insert(connection, name, scopes, secret, expires_at), secret
+            token = self._insert(connection, name, scopes, secret, expires_at)
+            self._claim_key(connection, idempotency, token.id)
+            return token, secret
 
     def import_token(self, name: str, scopes: Sequence[str], secret: str) -> TokenRecord:
         """See :meth:`service.jobs.store.TokenStore.import_token`."""
@@ -100,6 +108,14 @@ class TokenStatements(SqlBase):
         self._known_tokens[key] = token, time.monotonic() + _SECONDS_KNOWN
         return token
 
+    def get_token(self, token_id: str) -> TokenRecord:
+        """See :meth:`service.jobs.store.TokenStore.get_token`."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(tokens).where(tokens.c.id == token_id)).one_or_none()
+        if row is None:
+            raise _not_found(token_id)
+        return to_record(row, TokenRecord)
+
     def list_tokens(self) -> list[TokenRecord]:
         """See :meth:`service.jobs.store.TokenStore.list_tokens`."""
         query = sa.select(tokens).order_by(tokens.c.created_at.desc(), tokens.c.id.desc())
@@ -115,7 +131,7 @@ class TokenStatements(SqlBase):
             connection.execute(sa.delete(sessions).where(sessions.c.token_id == token_id))
         self._known_tokens.clear()
         if row is None:
-            raise NotFoundError(f"There is no token {token_id}.", context={"token_id": token_id})
+            raise _not_found(token_id)
         return to_record(row, TokenRecord)
 
     def touch_token(self, token_id: str) -> None:
@@ -128,6 +144,10 @@ class TokenStatements(SqlBase):
         with self._write() as connection:
             connection.execute(update.values(last_used_at=now))
         self._known_tokens.clear()
+
+
+def _not_found(token_id: str) -> NotFoundError:
+    return NotFoundError(f"There is no token {token_id}.", context={"token_id": token_id})
 
 
 def is_usable(now: datetime) -> sa.ColumnElement[bool]:

@@ -44,11 +44,31 @@ from service.jobs.records import (
 from service.jobs.states import JobState, ShardState
 
 
+class KeyStore(Protocol):
+    """Idempotency keys. A method that makes something takes one in the same transaction.
+
+    It raises :class:`~service.jobs.errors.RepeatedRequestError` if the key has made something
+    already, and ``IdempotencyReusedError`` if that was another request.
+    """
+
+    def find_created(self, idempotency: IdempotencyRequest) -> str | None:
+        """Id of what a key has made already; None if it has made nothing.
+
+        Raises:
+            IdempotencyReusedError: The key was used for another request within its lifetime.
+        """
+
+
 class TokenStore(Protocol):
     """API tokens; only a hash of the secret is kept."""
 
     def create_token(
-        self, name: str, scopes: Sequence[str], *, expires_at: datetime | None = None
+        self,
+        name: str,
+        scopes: Sequence[str],
+        *,
+        expires_at: datetime | None = None,
+        idempotency: IdempotencyRequest | None = None,
     ) -> tuple[TokenRecord, str]:
         """Make a token; returns its secret too, which cannot be had again."""
 
@@ -57,6 +77,9 @@ class TokenStore(Protocol):
 
     def find_token(self, secret: str) -> TokenRecord | None:
         """The token of a secret; None if it is unknown, expired or revoked."""
+
+    def get_token(self, token_id: str) -> TokenRecord:
+        """A token, whatever became of it. Raises ``NotFoundError``."""
 
     def list_tokens(self) -> list[TokenRecord]:
         """All tokens, newest first."""
@@ -90,7 +113,9 @@ class SessionStore(Protocol):
 class PlanStore(Protocol):
     """Plans that were made for somebody to look at."""
 
-    def keep_plan(self, plan: NewPlan) -> PlanRecord:
+    def keep_plan(
+        self, plan: NewPlan, *, idempotency: IdempotencyRequest | None = None
+    ) -> PlanRecord:
         """Keep a plan for a day."""
 
     def find_plan(self, plan_id: str) -> PlanRecord:
@@ -309,6 +334,7 @@ class Leftovers(Protocol):
 
 
 class JobStore(
+    KeyStore,
     JobQueue,
     PlanStore,
     ClaimedJobs,

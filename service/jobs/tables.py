@@ -213,14 +213,8 @@ idempotency_keys = sa.Table(
     sa.Column("path", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("fingerprint", sa.String(80), nullable=False),
-    # Deferred: the key is claimed first, so that of two equal requests one waits for the other.
-    sa.Column(
-        "job_id",
-        sa.String(64),
-        sa.ForeignKey("jobs.id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
-        nullable=False,
-        index=True,
-    ),
+    # A job, plan, token or webhook endpoint.
+    sa.Column("object_id", sa.String(64), nullable=False, index=True),
     sa.Column("created_at", UtcDateTime, nullable=False, index=True),
 )
 

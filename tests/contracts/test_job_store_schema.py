@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from service.jobs.database import open_engine
 from service.jobs.errors import StoreUnavailableError
+from service.jobs.records import IdempotencyRequest
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.jobs.tables import metadata
 from tests.support.jobs import new_job
 from tests.support.postgres import PostgresServer
+
+MIGRATIONS = Path(__file__).parents[2] / "service" / "migrations"
 
 
 def test_migrations_make_the_tables_that_the_code_describes(store: SqlJobStore) -> None:
@@ -32,6 +38,25 @@ def test_migrations_make_the_constraints_that_the_code_describes(tmp_path: Path)
     engine.dispose()
     open_store(migrated).close()
     assert statements(described) == statements(migrated)
+
+
+def test_keys_of_jobs_outlast_their_becoming_keys_of_everything(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/old.db"
+    engine = sa.create_engine(url)  # no foreign keys are enforced: a job need not be there
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0008")
+        values = "('tok_1', 'POST', '/v1/jobs', 'k', 'sha256:1', 'job_1', :now)"
+        insert = sa.text(f"INSERT INTO idempotency_keys VALUES {values}")
+        connection.execute(insert, {"now": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")})
+    engine.dispose()
+    store = open_store(url)
+    assert store.find_created(IdempotencyRequest("tok_1", "POST", "/v1/jobs", "k", "sha256:1")) == (
+        "job_1"
+    )
+    store.close()
 
 
 def statements(url: str) -> dict[str, list[str]]:
