@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from merging.errors import MergeError
-from service import cli_remote
+from service import cli_admin, cli_remote
 from service.cli_common import (
     BudgetOption,
     DeviceBudgetOption,
@@ -254,6 +254,8 @@ def migrate() -> None:
 
 
 app.add_typer(cli_remote.app)
+app.add_typer(cli_admin.tokens, name="tokens")
+app.add_typer(cli_admin.webhooks, name="webhooks")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -169,6 +169,53 @@ class Client:
         timeout = httpx.Timeout(_REQUEST_SECONDS, read=None if follow else _REQUEST_SECONDS)
         parameters = {"follow": "true"} if follow else {}
         yield from self._lines(path, params=parameters, timeout=timeout)
+
+    def create_token(
+        self, name: str, scopes: Sequence[str], *, expires_at: str | None = None
+    ) -> dict[str, Any]:
+        """Make a token; ``secret`` is in the answer, this once."""
+        body = {"name": name, "scopes": list(scopes), "expires_at": expires_at}
+        return self._create("/v1/tokens", body)
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens, without their secrets."""
+        return self._list("/v1/tokens", {})
+
+    def revoke_token(self, token_id: str) -> dict[str, Any]:
+        """Make a token useless."""
+        return self._call("DELETE", f"/v1/tokens/{token_id}")
+
+    def create_webhook(self, url: str, **fields: Any) -> dict[str, Any]:
+        """Make a webhook endpoint: ``events``, ``format``, ``description``; with its secret."""
+        return self._create("/v1/webhook-endpoints", {"url": url, **fields})
+
+    def webhooks(self) -> list[dict[str, Any]]:
+        """All webhook endpoints, without their secrets."""
+        return self._list("/v1/webhook-endpoints", {})
+
+    def test_webhook(self, endpoint_id: str) -> dict[str, Any]:
+        """Have a signed sample sent; returns the delivery."""
+        return self._call("POST", f"/v1/webhook-endpoints/{endpoint_id}/test")
+
+    def deliveries(self, endpoint_id: str, *, limit: int = 20) -> list[dict[str, Any]]:
+        """The newest deliveries of a webhook endpoint."""
+        return self._list(f"/v1/webhook-endpoints/{endpoint_id}/deliveries", {"limit": limit})
+
+    def replay_delivery(self, endpoint_id: str, delivery_id: str) -> dict[str, Any]:
+        """Have a message sent again; returns the new delivery."""
+        path = f"/v1/webhook-endpoints/{endpoint_id}/deliveries/{delivery_id}/replay"
+        return self._call("POST", path)
+
+    def rotate_webhook(
+        self, endpoint_id: str, *, overlap_seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Replace the secret of a webhook endpoint; returns it with the new one."""
+        body = {} if overlap_seconds is None else {"overlap_seconds": overlap_seconds}
+        return self._call("POST", f"/v1/webhook-endpoints/{endpoint_id}/rotate-secret", json=body)
+
+    def delete_webhook(self, endpoint_id: str) -> None:
+        """Forget a webhook endpoint and what waits for it."""
+        self._send("DELETE", f"/v1/webhook-endpoints/{endpoint_id}")
 
     def wait(self, job_id: str) -> dict[str, Any]:
         """Wait until a job has ended, however it did; returns the job."""

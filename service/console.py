@@ -208,6 +208,22 @@ def print_method(method: MergeMethod) -> None:
     console.print(table)
 
 
+def print_rows(rows: Sequence[Mapping[str, Any]], *columns: str) -> None:
+    """One row each, of these members: lists in one cell, times to the second, null empty."""
+    table = _table(*(name.removesuffix("_at") for name in columns))
+    for row in rows:
+        _add_row(table, *(_cell(name, row[name]) for name in columns))
+    _console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_at"):
+        return f"{value[:19]}Z"
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
 def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
     """One row a job."""
     table = _table("id", "state", "method", "tensors", "created", "output")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from merging.method import all_methods
+from service.client import ApiError, Client
 from tests.support.checkpoints import INDEX_NAME, Family, make_family
 from tests.support.cli import Said, mergeyard
 from tests.support.live_service import LiveService, live_service
@@ -107,7 +108,7 @@ def test_without_a_command_there_is_help() -> None:
     assert said.status == 2
     for command in (
         *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"),
-        *("propose", "run", "retry", "logs", "cancel", "delete"),
+        *("propose", "run", "retry", "logs", "cancel", "delete", "tokens", "webhooks"),
     ):
         assert command in said.out + said.err
 
@@ -322,6 +323,40 @@ def test_a_job_is_deleted_with_what_it_published_only_on_demand(
     assert "no job" in mergeyard("watch", second).error
     third = merge()  # the output is free again
     assert mergeyard("delete", third, "--output").status == 0
+
+
+def test_tokens_are_made_listed_and_revoked(connected: LiveService) -> None:
+    said = mergeyard("tokens", "create", "nightly", "--scope", "jobs:read", "--scope", "jobs:write")
+    token_id, secret = said.out.split()
+    with Client(connected.url, secret) as client:
+        assert client.jobs(limit=1) is not None
+        (row,) = [line.split() for line in mergeyard("tokens", "list").out.splitlines()
+                  if line.startswith(token_id)]  # fmt: skip
+        assert row[1:3] == ["nightly", "jobs:read,jobs:write"]
+        assert secret not in mergeyard("tokens", "list", "--json").out
+        assert mergeyard("tokens", "revoke", token_id).out == f"{token_id} revoked\n"
+        with pytest.raises(ApiError, match="revoked"):
+            client.jobs()
+    assert mergeyard("tokens", "create", "x", "--scope", "all").status == 1
+
+
+def test_webhook_endpoints_are_managed(connected: LiveService) -> None:
+    url = "https://example.com/hook"
+    said = mergeyard("webhooks", "create", url, "--event", "job.failed", "--format", "cloudevents")
+    hook, secret = said.out.split()
+    assert secret.startswith("whsec_")
+    assert mergeyard("webhooks", "list").out.splitlines()[1].split()[:3] == [hook, "True", url]
+    (found,) = json.loads(mergeyard("webhooks", "list", "--json").out)
+    assert (found["events"], found["format"]) == (["job.failed"], "cloudevents")
+    (delivery,) = mergeyard("webhooks", "test", hook).out.split()
+    (replayed,) = mergeyard("webhooks", "replay", hook, delivery).out.split()
+    listed = mergeyard("webhooks", "deliveries", hook).out.splitlines()[1:]
+    assert {line.split()[0] for line in listed} == {delivery, replayed}
+    rotated = mergeyard("webhooks", "rotate", hook, "--overlap-seconds", 60).out.split()
+    assert rotated[0] == hook
+    assert rotated[1] != secret
+    assert mergeyard("webhooks", "delete", hook).out == f"{hook} deleted\n"
+    assert "no webhook endpoint" in mergeyard("webhooks", "test", hook).error
 
 
 def test_a_plan_is_proposed_and_then_run_as_it_is(
