@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merging.errors import PlanError, StorageError
+from merging.plan.chat_template import TEMPLATE_NAME
 from merging.plan.packing import data_bytes
 from merging.plan.plan import WORKSPACE, Plan
 from merging.receipts import Receipt
@@ -107,6 +108,8 @@ def _write_companions(merge: Plan, report: dict[str, Any], storage: Storage) -> 
         storage.copy(
             companion.source_uri, f"{output}/{companion.file_name}", version=companion.version
         )
+    if merge.chat_template is not None:
+        storage.write_bytes(f"{output}/{TEMPLATE_NAME}", merge.chat_template.encode())
     if merge.config:
         storage.write_bytes(f"{output}/config.json", _json(merge.config))
     storage.write_bytes(f"{output}/{REPORT_NAME}", _json(report))

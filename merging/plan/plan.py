@@ -343,6 +343,7 @@ class Plan(msgspec.Struct, frozen=True):
         device_memory_budget: GPU bytes likewise: the plan is for workers that have them; None: any.
         variants: Of a sweep, each with a checkpoint of its own under the output; recipe and method
             are the whole sweep's.
+        chat_template: Text of the output's; None if it is among the companions.
     """
 
     format: int
@@ -365,6 +366,7 @@ class Plan(msgspec.Struct, frozen=True):
     totals: Totals
     device_memory_budget: int | None = None
     variants: tuple[Variant, ...] = ()
+    chat_template: str | None = None
 
     @property
     def variant_names(self) -> tuple[str, ...]:

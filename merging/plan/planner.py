@@ -18,6 +18,7 @@ from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex
 from merging.errors import PlanError
 from merging.options import MergeOptions
+from merging.plan.chat_template import choose_chat_template, is_chat_template
 from merging.plan.cost import Budgets
 from merging.plan.dividing import divide_large
 from merging.plan.fit import check_fit
@@ -76,6 +77,9 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     inputs = read_inputs(recipe, storage, output_uri)
     tensors = check_tensors(inputs, warnings)
     companions = choose_companions(recipe, inputs, storage, warnings)
+    chat_template = choose_chat_template(recipe, inputs, storage, warnings)
+    if chat_template is not None:
+        companions = tuple(c for c in companions if not is_chat_template(c.file_name))
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
     problems = builder.build(tensors)
@@ -126,6 +130,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         totals=_totals(shards),
         device_memory_budget=options.device_memory_budget,
         variants=variants,
+        chat_template=chat_template,
     )
 
 

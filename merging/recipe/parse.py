@@ -9,6 +9,7 @@ from typing import Any
 from merging.dtypes import RECIPE_NAMES
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod, get_method
+from merging.recipe.chat_templates import AUTO, TEMPLATES, is_template
 from merging.recipe.document import load_document
 from merging.recipe.parameters import (
     Rule,
@@ -26,14 +27,12 @@ from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
     {"name", "models", "slices", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
-    | {"sweep", "tokenizer", "tokenizer_source"}
+    | {"sweep", "tokenizer", "tokenizer_source", "chat_template"}
 )
 
 _UNSUPPORTED = {
     "modules": "Separate recipes for modules are not supported by this version; use filters on"
     " tensor names in 'parameters'.",
-    "chat_template": "Choosing a chat template is not supported by this version: the base model's"
-    " is taken along. Remove the key.",
     "output": "Where the result goes is not part of the recipe; give it beside the recipe, when"
     " the merge is planned or submitted.",
 }
@@ -113,6 +112,7 @@ class _Reader:
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
             tokenizer_source=reader.tokenizer(data),
+            chat_template=self._chat_template(),
         )
         if method is not None:
             recipe = self._check(recipe, method)
@@ -133,6 +133,17 @@ class _Reader:
         if value is not None and value not in RECIPE_NAMES:
             detail = f"{shorten(value)} is not a float type.{nearest(value, RECIPE_NAMES)}"
             self._refuse(f"/{key}", detail)
+        return value
+
+    def _chat_template(self) -> str | None:
+        value = self._text("chat_template")
+        known = {AUTO, *TEMPLATES}
+        if value is not None and value not in known and not is_template(value):
+            detail = (
+                f"{shorten(value)} is neither a Jinja template nor the name of one."
+                f"{nearest(value, known)}"
+            )
+            self._refuse("/chat_template", detail)
         return value
 
     def _method(self) -> MergeMethod | None:

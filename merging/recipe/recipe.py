@@ -105,6 +105,7 @@ class Recipe:
             first.
         slices: The layers of the output from the first to the last, if not taken from whole models.
         tokenizer_source: Whose tokenizer the output has: ``base``, ``union`` or a model's address.
+        chat_template: ``auto``, the name of a known one, or a Jinja template.
     """
 
     merge_method: str
@@ -118,6 +119,7 @@ class Recipe:
     sweep: Sweep | None = None
     slices: tuple[Slice, ...] = ()
     tokenizer_source: str | None = None
+    chat_template: str | None = None
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -152,6 +154,7 @@ class Recipe:
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
+            "chat_template": self.chat_template,
         }
         return {key: value for key, value in sorted(plain.items()) if value is not None}
 

@@ -249,6 +249,8 @@ def test_one_kind_of_fault_gives_the_error_its_code() -> None:
         ({"dtype": "floot16"}, "/dtype", ["float16"]),
         ({"out_dtype": "int64"}, "/out_dtype", ["not a float type"]),
         ({"name": ["a"]}, "/name", ["is a text"]),
+        ({"chat_template": "chatlm"}, "/chat_template", ["'chatml'"]),
+        ({"chat_template": ["chatml"]}, "/chat_template", ["is a text"]),
         ({"tokenizer_source": 3}, "/tokenizer_source", ["not 3"]),
         ({"tokenizer": "base"}, "/tokenizer", ["a mapping with 'source'"]),
         ({"tokenizer": {"sorce": "a"}}, "/tokenizer/sorce", ["'source'"]),
@@ -279,7 +281,6 @@ def test_malformed_recipe_is_refused(
             "/tokenizer_source",
             "not both",
         ),
-        ({"chat_template": "auto"}, "/chat_template", "base model's"),
         ({"output": "x"}, "/output", "beside the recipe"),
         (
             {"models": [{"model": "a", "layer_range": [0, 4]}]},
