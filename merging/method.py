@@ -219,6 +219,7 @@ class Task:
 
     Attributes:
         tensor_name: Fully qualified name; random methods mix it into their seed.
+        shape: Of the whole tensor as it is stored; empty where it goes without saying.
         parameters: The method's parameters as resolved for this tensor.
         expert_parameters: One per expert, in recipe order.
         seed: The recipe's seed.
@@ -243,6 +244,7 @@ class Task:
     figures: dict[str, Any] = field(default_factory=dict)
     given: Sequence[torch.Tensor] = ()
     memory: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
 
 MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task], "torch.Tensor"]
@@ -394,6 +396,7 @@ class MergeMethod(Step):
             they can.
         staged: How it merges in several passes, if it ever does.
         divided: How it divides a large layer over workers, if it can.
+        calibrated: What it does with statistics of samples (:mod:`merging.sampled`), if anything.
         adapter_note: What someone who merges adapters with it should know; "" if nothing.
     """
 
@@ -414,6 +417,7 @@ class MergeMethod(Step):
     layer: LayerMethod | None = None
     staged: Staged | None = None
     divided: Divided | None = None
+    calibrated: Mapping[str, Step] = field(default_factory=dict)
     adapter_note: str = ""
 
     def step(self, name: str) -> Step:
@@ -421,8 +425,7 @@ class MergeMethod(Step):
         if not name:
             return self
         passes = self.staged or self.divided
-        assert passes is not None
-        return passes.steps()[name]
+        return (passes.steps() if passes else self.calibrated)[name]
 
     def uses_base(self, *, is_named: bool) -> bool:
         """Whether a recipe's base model, if it names one, is a base and not one more expert."""

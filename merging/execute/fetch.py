@@ -43,14 +43,17 @@ class _Range:
 
 
 def coalesce(sources: Sequence[Source]) -> list[_Range]:
-    """Join ranges of one file that touch or overlap; sorted by file and offset."""
+    """Join ranges of one file that touch; sorted by file and offset.
+
+    What several problems read is read for each of them, as the plan counts it.
+    """
     ranges: list[_Range] = []
     for source in sorted(sources, key=lambda source: (source.file, source.start)):
         if source.start == source.end:
             continue
         last = ranges[-1] if ranges else None
-        if last is not None and last.file == source.file and source.start <= last.end:
-            last.end = max(last.end, source.end)
+        if last is not None and last.file == source.file and source.start == last.end:
+            last.end = source.end
         else:
             ranges.append(_Range(source))
     return ranges

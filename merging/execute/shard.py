@@ -30,7 +30,7 @@ from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
 from merging.execute.solve import Solver
 from merging.plan.cost import group_limit
 from merging.plan.packing import data_bytes, shard_header
-from merging.plan.plan import PLAN_FORMAT, ShardWork
+from merging.plan.plan import PLAN_FORMAT, STATISTICS, ShardWork
 from merging.rates import Rates
 from merging.receipts import OtherFile, ProblemFigures, Receipt, write_receipt
 from merging.storage.base import Storage
@@ -111,12 +111,17 @@ def run_shard(
             " Run the same version of Mergeyard everywhere.",
             code="wrong_version",
         )
-    if device == "cpu":
+    is_statistics = work.settings[0].method == STATISTICS
+    if device == "cpu" and not is_statistics:
         _check_host_memory(work)
     give_back_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:
+        if is_statistics:
+            from merging.execute.statistics import run_statistics
+
+            return run_statistics(work, storage, device, on_progress, cancelled, rates)
         return _ShardRun(work, storage, device, on_progress, cancelled, rates).run()
     finally:
         torch.set_num_threads(threads)
@@ -193,7 +198,7 @@ class _ShardRun:
                 read_requests=self._given.requests + fetcher.requests,
                 peak_buffer_bytes=self._budget.peak,
                 seconds=self._clock.seconds | {"total": time.perf_counter() - begin},
-                device=_device_name(self._device),
+                device=device_name(self._device),
                 worker=f"{platform.node()}:{os.getpid()}",
                 problems=self._problem_figures(0),
                 busy_seconds={"read": fetcher.busy.seconds, "write": files.busy.seconds},
@@ -333,7 +338,8 @@ class _ShardRun:
         )
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """A device as receipts tell it."""
     if device == "cpu":
         return "cpu"
     import torch

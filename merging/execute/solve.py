@@ -113,6 +113,7 @@ class Solver:
             figures=figures,
             given=tuple(self.given[source].to(self._device) for source in problem.given),
             memory=self._memory[place],
+            shape=problem.input_shape,
         )
 
     def _arrive(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

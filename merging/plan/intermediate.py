@@ -97,6 +97,11 @@ class Intermediates:
             sources.append(self._add(shard)[problem.tensor_name])
         return sources
 
+    def write_file(self, problems: Sequence[Problem], file_name: str) -> dict[str, Source]:
+        """Have these results, made together, written to one file; where each will be."""
+        shard = make_shard(len(self.shards), file_name, problems, kind="intermediate")
+        return self._add(shard)
+
     def _add(self, shard: Shard) -> dict[str, Source]:
         sources = tensor_sources(shard, len(self._files))
         self._files.append(intermediate_file(self._output_uri, shard))

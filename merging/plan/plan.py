@@ -26,6 +26,9 @@ Kind = Literal["weights", "intermediate"]
 COPY = "copy"
 """Pseudo-method of a tensor that is taken over from one source (its base), cast if need be."""
 
+STATISTICS = "statistics"
+"""Pseudo-method of what is measured in an expert (:mod:`merging.plan.statistics`)."""
+
 
 class SourceFile(msgspec.Struct, frozen=True, array_like=True):
     """A file to read from, pinned to the version that was seen at planning.

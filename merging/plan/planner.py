@@ -38,6 +38,7 @@ from merging.plan.plan import (
 from merging.plan.problems import ProblemBuilder
 from merging.plan.reading import read_inputs
 from merging.plan.staging import Staging
+from merging.plan.statistics import add_statistics
 from merging.plan.tensors import check_tensors, unmatched_filters
 from merging.plan.tokenizer import choose_companions
 from merging.plan.variants import describe_variants
@@ -93,6 +94,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
     if not variants:
+        problems = add_statistics(problems, stages, builder, inputs, recipe, storage, warnings)
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
     check_fit([*stages.problems, *problems], builder.settings.settings, budgets)

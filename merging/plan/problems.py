@@ -161,7 +161,7 @@ class ProblemBuilder:
         sees_base = is_touched and _uses_base(section)
         base = None
         if not experts or sees_base or any(not one.parts.is_stored for one in experts):
-            base = self._source(section.donor, entry, name)
+            base = self.source(section.donor, entry, name)
         if not experts:
             setting = self.settings.copy()
         elif is_touched:
@@ -220,17 +220,18 @@ class ProblemBuilder:
         stored: tuple[Source, ...] = ()
         factors: tuple[Source, ...] = ()
         if expert.adapter is not None:
-            factors = tuple(self._source(expert.adapter, entry, "") for entry in adapted.factors)
+            factors = tuple(self.source(expert.adapter, entry, "") for entry in adapted.factors)
         if expert.adapter is not None and adapted.replacement is not None:
-            stored = (self._source(expert.adapter, adapted.replacement, ""),)
+            stored = (self.source(expert.adapter, adapted.replacement, ""),)
         elif not (self._has_adapters[tensor.section] and expert.index is donor):
-            stored = (self._source(expert.index, expert.index.tensors[name], name),)
+            stored = (self.source(expert.index, expert.index.tensors[name], name),)
         parts = Parts(bool(stored), adapted.rank, adapted.scaling, adapted.flipped)
         return _Expert(parts, stored, factors)
 
-    def _source(
+    def source(
         self, index: CheckpointIndex | AdapterIndex, entry: TensorEntry, output_name: str
     ) -> Source:
+        """Where a tensor of an input is read, for one of that name."""
         file = index.files[entry.file]
         number = self._file_numbers.setdefault(file.uri, len(self.files))
         if number == len(self.files):

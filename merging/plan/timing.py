@@ -18,7 +18,7 @@ import msgspec
 
 from merging.method import Geometry, get_method
 from merging.plan.cost import expansion_flops, takes_matrices
-from merging.plan.plan import COPY, Plan, Problem, Shard
+from merging.plan.plan import COPY, STATISTICS, Plan, Problem, Shard
 from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
 
@@ -27,6 +27,9 @@ _SOURCE_SECONDS = 1e-4
 
 _SOURCE_OPERATIONS = 12
 """On each entry of a source, beside a matrix method's products: subtract, normalise, sum, norms."""
+
+_BLOCK_WIDTH = 1024
+"""Of the products in a block that is run on samples, as far as their rate goes."""
 
 _SHARD_SECONDS = 0.03
 """Of opening, committing and recording one file."""
@@ -130,6 +133,8 @@ def _method_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
     name = plan.settings[problem.setting].method
     if name == COPY:
         return 0.0
+    if name == STATISTICS:
+        return problem.flops / rates.flops_per_second(_BLOCK_WIDTH, _BLOCK_WIDTH)
     entries = math.prod(problem.input_shape)
     step = get_method(name).step(plan.settings[problem.setting].step)
     expansion = 0.0

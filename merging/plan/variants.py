@@ -161,6 +161,12 @@ class VariantSettings:
             [t.step(n, name) for t, n in zip(self._tables, self._parts[setting], strict=True)]
         )
 
+    def add(self, setting: Setting) -> int:
+        """A setting of work that comes before the merging of tensors."""
+        self.settings.append(setting)
+        self._parts.append(())
+        return len(self.settings) - 1
+
     def refuse_passes(self) -> None:
         """Refuse methods that look at other tensors first.
 
@@ -212,6 +218,6 @@ def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
     if method is None or method.staged is None:
-        return False
+        return method is not None and bool(method.calibrated)
     experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]
     return method.staged.group(parameters, experts) is not None

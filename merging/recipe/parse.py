@@ -9,6 +9,7 @@ from typing import Any
 from merging.dtypes import RECIPE_NAMES
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod, get_method
+from merging.recipe.calibration import join_calibration, read_calibration
 from merging.recipe.chat_templates import AUTO, TEMPLATES, is_template
 from merging.recipe.document import load_document
 from merging.recipe.parameters import (
@@ -27,7 +28,7 @@ from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
     {"name", "models", "slices", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
-    | {"sweep", "tokenizer", "tokenizer_source", "chat_template"}
+    | {"sweep", "tokenizer", "tokenizer_source", "chat_template", "calibration"}
 )
 
 _UNSUPPORTED = {
@@ -113,6 +114,7 @@ class _Reader:
             out_dtype=self._dtype("out_dtype"),
             tokenizer_source=reader.tokenizer(data),
             chat_template=self._chat_template(),
+            calibration=read_calibration(data.get("calibration"), "/calibration", self._faults),
         )
         if method is not None:
             recipe = self._check(recipe, method)
@@ -174,6 +176,7 @@ class _Reader:
         )
         recipe = self._without_base_parameters(recipe, method)
         self._check_models(recipe, method)
+        self._check_calibration(recipe, method)
         self._check_touch(recipe.parameters.get("touch"))
         if not self._faults:
             for section in recipe.sections:
@@ -233,6 +236,29 @@ class _Reader:
             ]
             if section.entries and (problem := count_problem(method, len(experts))):
                 self._refuse(section.pointer, problem, "incompatible_options")
+
+    def _check_calibration(self, recipe: Recipe, method: MergeMethod) -> None:
+        """Every expert of a calibrated method has samples, and no other method has any."""
+        own = [(f"/models/{n}/calibration", e) for n, e in enumerate(recipe.models)]
+        if not method.calibrated:
+            places = [("/calibration", recipe.calibration), *((p, e.calibration) for p, e in own)]
+            for pointer in [pointer for pointer, given in places if given]:
+                detail = f"{method.name} looks at no samples; remove 'calibration'."
+                self._refuse(pointer, detail, "incompatible_options")
+            return
+        if recipe.slices:
+            detail = f"{method.name} runs whole models on samples; list these under 'models'."
+            self._refuse("/slices", detail, "incompatible_options")
+        if self._faults:
+            return
+        for pointer, entry in own:
+            is_base = _is_base(entry.model, recipe.base_model, method)
+            if not is_base and not join_calibration(recipe.calibration, entry.calibration):
+                detail = (
+                    f"{method.name} needs samples for every expert: name them with 'data' under"
+                    " 'calibration', here or for the whole recipe."
+                )
+                self._refuse(pointer, detail, "incompatible_options")
 
     def _check_touch(self, touch: Any) -> None:
         if isinstance(touch, str | list):

@@ -26,11 +26,13 @@ class ModelEntry:
         model: The address.
         parameters: Of this expert.
         layer_range: The layers ``[a, b)`` that a slice takes; None takes the whole model.
+        calibration: Where this expert's samples are, as far as the recipe does not say it for all.
     """
 
     model: str
     parameters: Level = field(default_factory=dict)
     layer_range: tuple[int, int] | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class Recipe:
         slices: The layers of the output from the first to the last, if not taken from whole models.
         tokenizer_source: Whose tokenizer the output has: ``base``, ``union`` or a model's address.
         chat_template: ``auto``, the name of a known one, or a Jinja template.
+        calibration: Where samples are, for experts that do not say so themselves.
     """
 
     merge_method: str
@@ -120,6 +123,7 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -151,6 +155,7 @@ class Recipe:
             "models": [_plain_entry(entry) for entry in self.models] or None,
             "slices": [_plain_slice(one) for one in self.slices] or None,
             "parameters": _plain(self.parameters) or None,
+            "calibration": dict(self.calibration) or None,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
@@ -174,6 +179,7 @@ def _plain_entry(entry: ModelEntry) -> dict[str, Any]:
         {"model": entry.model}
         | ({"layer_range": list(entry.layer_range)} if entry.layer_range else {})
         | ({"parameters": _plain(entry.parameters)} if entry.parameters else {})
+        | ({"calibration": dict(entry.calibration)} if entry.calibration else {})
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from merging.errors import Fault
 from merging.method import MergeMethod
 from merging.recipe.addresses import address_problem, split_adapter
+from merging.recipe.calibration import read_calibration
 from merging.recipe.document import escape_pointer
 from merging.recipe.parameters import (
     Rule,
@@ -20,7 +21,7 @@ from merging.recipe.parameters import (
 from merging.recipe.recipe import TOKENIZER_WORDS, ModelEntry, Slice
 from merging.selectors import ParameterValue
 
-_MODEL_KEYS = frozenset({"model", "parameters"})
+_MODEL_KEYS = frozenset({"model", "parameters", "calibration"})
 _SOURCE_KEYS = frozenset({"model", "parameters", "layer_range"})
 _SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
 _UNSUPPORTED_MODEL = {
@@ -192,7 +193,10 @@ class SourceReader:
         layers = None
         if "layer_range" in keys:
             layers = self._layers(item.get("layer_range"), f"{pointer}/layer_range")
-        return ModelEntry(model, parameters, layers)
+        calibration = read_calibration(
+            item.get("calibration"), f"{pointer}/calibration", self._faults
+        )
+        return ModelEntry(model, parameters, layers, calibration)
 
     def _layers(self, raw: Any, pointer: str) -> tuple[int, int] | None:
         """``[a, b]``, the layers from ``a`` up to but not with ``b``."""

@@ -388,6 +388,8 @@ def test_every_method_accepts_its_own_defaults_spelled_out(name: str) -> None:
     needs_base = {"base_model": "base"} if method.needs_base else {}
     models = [{"model": f"m{i}"} for i in range(max(method.min_experts, 1))]
     document = {"merge_method": name, "models": models, **needs_base}
+    if method.calibrated:
+        document["calibration"] = {"data": "samples.jsonl"}
     defaults = {
         **method.expert_parameters().model_dump(mode="json", by_alias=True),
         **method.parameters().model_dump(mode="json", by_alias=True),

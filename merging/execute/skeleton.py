@@ -1,0 +1,164 @@
+"""A model of transformers without weights, of which one part at a time gets some."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from merging.errors import CheckpointError, WorkerError
+from merging.plan.statistics_work import StatisticsWork
+
+
+class Done(Exception):  # noqa: N818 - an end, not an error
+    """Raised inside a model's ``forward`` once there is nothing left to learn from it."""
+
+
+class Skeleton:
+    """The model of an expert: built from its config by transformers, without remote code.
+
+    Parameters without weights are zeros of one entry's memory, so that the model's own ``forward``
+    can run through embeddings and masks whatever part has its weights.
+
+    Args:
+        work: Names the architecture and the part.
+        device: Where it runs.
+
+    Raises:
+        WorkerError: ``wrong_version``: transformers or accelerate is missing, or another version
+            than where the merge was planned.
+        CheckpointError: ``config_invalid``: transformers refuses the config.
+    """
+
+    def __init__(self, work: StatisticsWork, device: str) -> None:
+        self._work = work
+        self._device = device
+        self.model = _build(work)
+        self._parameters = dict(self.model.named_parameters())
+        self._prefix = self.model.base_model_prefix
+        for name, parameter in self._parameters.items():
+            self._set(name, torch.zeros(1, device=device).expand(parameter.shape))
+        self.model.to(device)
+        blocks = self.find(work.stack)
+        if not isinstance(blocks, nn.ModuleList):
+            raise self._broken(f"{work.stack} is no list of blocks in {work.architecture}")
+        self.blocks = blocks
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a stored tensor in its place, in float32.
+
+        Raises:
+            CheckpointError: ``index_inconsistent``: the model has no place for it.
+        """
+        known = self._known(name, self._parameters)
+        if known is None:
+            if self._is_buffer(name):
+                return
+            raise self._broken(f"{self._work.architecture} has no parameter {name!r}")
+        expected = tuple(self._parameters[known].shape)
+        if expected != tuple(tensor.shape):
+            raise self._broken(
+                f"{name!r} is {list(tensor.shape)} where {self._work.architecture} has"
+                f" {list(expected)}"
+            )
+        self._set(known, tensor.to(self._device, torch.float32))
+
+    def find(self, name: str) -> nn.Module:
+        """The module that a checkpoint calls so.
+
+        Raises:
+            CheckpointError: ``index_inconsistent``: there is none.
+        """
+        known = self._known(name, dict(self.model.named_modules()))
+        if known is None:
+            raise self._broken(f"{self._work.architecture} has no module {name!r}")
+        module: nn.Module = self.model.get_submodule(known)
+        return module
+
+    def run(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        """The model's ``forward`` on a batch, until :class:`Done` is raised in it.
+
+        Args:
+            tokens: B×L, anything where the mask is 0.
+            mask: B×L, 1 for tokens.
+
+        Raises:
+            CheckpointError: ``config_invalid``: the model cannot be run like this.
+        """
+        try:
+            self.model(input_ids=tokens, attention_mask=mask)
+        except (Done, CheckpointError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "can't allocate memory" in str(error):
+                raise
+            raise CheckpointError(
+                f"{self._work.uri} ({self._work.architecture}) cannot be run block by block:"
+                f" {type(error).__name__}: {str(error)[:300]}. Merge it with a method that needs no"
+                " samples.",
+                code="config_invalid",
+                context={"uri": self._work.uri},
+            ) from error
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, own = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+
+    def _known(self, name: str, known: dict[str, Any]) -> str | None:
+        """A checkpoint's name as the model has it: with or without the base model's prefix."""
+        candidates = (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}."))
+        return next((candidate for candidate in candidates if candidate in known), None)
+
+    def _is_buffer(self, name: str) -> bool:
+        """Whether transformers computes a stored tensor anew, or leaves it out."""
+        if self._known(name, dict(self.model.named_buffers())) is not None:
+            return True
+        left_out = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in left_out)
+
+    def _broken(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._work.uri} cannot be run on samples: {what} in the installed transformers.",
+            code="index_inconsistent",
+            context={"uri": self._work.uri},
+        )
+
+
+def _build(work: StatisticsWork) -> Any:
+    try:
+        import transformers
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise WorkerError(
+            f"{work.uri} is to be run on samples, and this worker lacks {error.name}. Install"
+            " mergeyard[calibration] on all workers.",
+            code="wrong_version",
+        ) from None
+    architecture: Callable[[Any], Any] | None = getattr(transformers, work.architecture, None)
+    if architecture is None:
+        raise WorkerError(
+            f"This worker's transformers {transformers.__version__} has no {work.architecture}."
+            " Install the version of the service on all workers.",
+            code="wrong_version",
+        )
+    values = json.loads(json.dumps(work.config))
+    for key in ("auto_map", "architectures", "dtype", "torch_dtype"):
+        values.pop(key, None)
+    try:
+        config = transformers.AutoConfig.for_model(**values, attn_implementation="eager")
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = architecture(config)
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot build {work.architecture} from the config.json of {work.uri}:"
+            f" {type(error).__name__}: {str(error)[:300]}.",
+            code="config_invalid",
+            context={"uri": work.uri},
+        ) from error
+    return model.float().eval()

@@ -1,0 +1,294 @@
+"""Running one block of an expert on its samples, and measuring what goes in.
+
+The model's own ``forward`` is run on a skeleton that has the weights of this block alone, so that
+masks and positions are the model's; blocks before it pass by, and it gets the hidden states that
+the shard before this one left. Once it is through, the run stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from merging.dtypes import torch_dtype
+from merging.errors import Cancelled, CheckpointError
+from merging.execute.measuring import Meter, Observer
+from merging.execute.memory import MemoryBudget
+from merging.execute.output import ShardFiles
+from merging.execute.shard import ShardCounts, device_name
+from merging.execute.skeleton import Done, Skeleton
+from merging.execute.solve import check_finite
+from merging.execute.tokens import PADDING, read_tokens
+from merging.ops.precision import float32_products
+from merging.plan.packing import shard_header
+from merging.plan.plan import STATISTICS, ShardWork, Source
+from merging.plan.statistics_work import StatisticsWork
+from merging.rates import Rates
+from merging.receipts import ProblemFigures, Receipt, write_receipt
+from merging.storage.base import Storage
+
+
+def run_statistics(
+    work: ShardWork,
+    storage: Storage,
+    device: str,
+    on_progress: Callable[[ShardCounts], None] | None,
+    cancelled: Callable[[], bool] | None,
+    rates: Rates | None,
+) -> Receipt:
+    """Produce and publish one shard of statistics; as :func:`merging.execute.shard.run_shard`.
+
+    Raises:
+        CheckpointError: The model cannot be run block by block.
+        RecipeError: Samples that its tokenizer makes nothing of.
+        NumericalError: Hidden states or statistics are not finite.
+    """
+    return _StatisticsRun(work, storage, device, on_progress, cancelled, rates).run()
+
+
+class _StatisticsRun:
+    """The state of one call of :func:`run_statistics`."""
+
+    def __init__(
+        self,
+        work: ShardWork,
+        storage: Storage,
+        device: str,
+        on_progress: Callable[[ShardCounts], None] | None,
+        cancelled: Callable[[], bool] | None,
+        rates: Rates | None,
+    ) -> None:
+        self._shard = work
+        [setting] = work.settings
+        self._work = msgspec.convert(setting.parameters, StatisticsWork)
+        self._storage = storage
+        self._device = device
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+        self._rates = rates
+        self._given = iter(work.shard.problems[0].given)
+        self._bytes_read = 0
+        self._requests = 0
+        self._seconds = {"fetch": 0.0, "solve": 0.0, "write": 0.0}
+
+    def run(self) -> Receipt:
+        begin = time.perf_counter()
+        work = self._work
+        if work.block < 0:
+            hidden = torch.zeros(0)
+            num_files = len(self._shard.shard.problems[0].given) - len(work.weights)
+            tokens = read_tokens(work, [self._read().numpy().tobytes() for _ in range(num_files)])
+        else:
+            tokens = self._read().view(work.num_samples, work.length)
+            hidden = self._read().view(work.num_samples, work.length, -1)
+        skeleton = Skeleton(work, self._device)
+        for weight in work.weights:
+            skeleton.load(weight.name, self._read().view(weight.shape))
+        solving = time.perf_counter()
+        runner = _BlockRunner(skeleton, work, self._device)
+        with float32_products(torch.device(self._device)), torch.no_grad():
+            left = runner.run(tokens, hidden, self._check_cancelled)
+            results = self._results(tokens, left, runner)
+        self._seconds["solve"] = time.perf_counter() - solving
+        return self._write(results, begin, int((tokens != PADDING).sum()))
+
+    def _read(self) -> torch.Tensor:
+        """The next of what the shard is given, flat."""
+        begin = time.perf_counter()
+        source: Source = next(self._given)
+        file = self._shard.files[source.file]
+        data = torch.empty(source.num_bytes, dtype=torch.uint8)
+        if source.num_bytes:
+            buffer = data.numpy().data
+            self._storage.read_into(file.uri, source.start, buffer, version=file.version)
+        self._bytes_read += source.num_bytes
+        self._requests += 1
+        self._seconds["fetch"] += time.perf_counter() - begin
+        return data.view(torch_dtype(source.dtype))
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled("The merge was cancelled.")
+        self._report(0, 0)
+
+    def _results(
+        self, tokens: torch.Tensor, left: torch.Tensor | None, runner: _BlockRunner
+    ) -> list[torch.Tensor]:
+        results = [tokens] if self._work.block < 0 else []
+        if left is not None:
+            results.append(left)
+        results += [meter.result().cpu() for meter in runner.meters]
+        for problem, result in zip(self._shard.shard.problems, results, strict=True):
+            if result.is_floating_point():
+                what = f"{problem.tensor_name!r} of {self._work.uri} on its samples"
+                check_finite(result.reshape(-1), what, "non_finite_output")
+        return results
+
+    def _write(self, results: list[torch.Tensor], begin: float, num_tokens: int) -> Receipt:
+        shard, writing = self._shard.shard, time.perf_counter()
+        budget = MemoryBudget(self._shard.memory_budget)
+        with ShardFiles(self._storage, self._shard.file_uris, shard.size, budget) as files:
+            files.write(shard_header(shard.problems))
+            for problem, result in zip(shard.problems, results, strict=True):
+                assert result.numel() == problem.num_entries
+                files.write(result)
+            [(stat, sha256)] = files.finish()
+        self._seconds["write"] = time.perf_counter() - writing
+        receipt = Receipt(
+            plan_digest=self._shard.plan_digest,
+            shard_index=shard.index,
+            file_name=shard.file_name,
+            size=stat.size,
+            sha256=sha256,
+            version=stat.version,
+            bytes_read=self._bytes_read,
+            read_requests=self._requests,
+            peak_buffer_bytes=shard.problems[0].host_bytes,
+            seconds=self._seconds | {"total": time.perf_counter() - begin},
+            device=device_name(self._device),
+            worker=f"{platform.node()}:{os.getpid()}",
+            problems=self._figures(num_tokens),
+            rates=self._rates,
+        )
+        write_receipt(self._storage, self._shard.output_uri, receipt)
+        self._report(len(results), shard.size)
+        return receipt
+
+    def _figures(self, num_tokens: int) -> tuple[ProblemFigures, ...]:
+        """Of every result; provenance with the first."""
+        work = self._work
+        told: dict[str, Any] = {
+            "model": work.uri,
+            "block": work.block,
+            "samples": work.num_samples,
+            "tokens": num_tokens,
+            "sample_digest": work.sample_digest,
+        }
+        return tuple(
+            ProblemFigures(
+                tensor_name=problem.tensor_name,
+                method=STATISTICS,
+                solve_seconds=0.0 if number else round(self._seconds["solve"], 6),
+                figures={} if number else told,
+            )
+            for number, problem in enumerate(self._shard.shard.problems)
+        )
+
+    def _report(self, num_done: int, bytes_written: int) -> None:
+        if self._on_progress is not None:
+            counts = ShardCounts(num_done, num_done, num_done, self._bytes_read, bytes_written)
+            self._on_progress(counts)
+
+
+class _BlockRunner:
+    """Runs all batches through one part of a model.
+
+    Attributes:
+        meters: What was measured, in the order of the work's measures.
+    """
+
+    def __init__(self, skeleton: Skeleton, work: StatisticsWork, device: str) -> None:
+        rows = work.num_samples * work.length
+        self.meters = [Meter(measure, rows, device) for measure in work.measures]
+        self._skeleton = skeleton
+        self._work = work
+        self._device = device
+        self._observer = Observer(skeleton, self.meters)
+        self._hidden = torch.empty(0)
+        self._left: torch.Tensor | None = None
+        blocks = skeleton.blocks
+        for number in range(max(work.block, 0)):
+            blocks[number] = _Passing(self)
+        first = blocks[max(work.block, 0)]
+        if work.block < 0:
+            first.register_forward_pre_hook(self._arrive, with_kwargs=True)
+        else:
+            first.register_forward_pre_hook(self._enter, with_kwargs=True)
+            first.register_forward_hook(self._leave)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """What goes into the block."""
+        return self._hidden
+
+    def run(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, before_batch: Callable[[], None]
+    ) -> torch.Tensor | None:
+        """Hidden states behind the part (N×L×d); None where nobody needs them.
+
+        Args:
+            tokens: N×L.
+            hidden: N×L×d before the part; of no entries before the first block.
+            before_batch: Called for every batch.
+        """
+        made: torch.Tensor | None = None
+        for rows, length in self._batches(tokens):
+            before_batch()
+            batch = tokens[rows, :length].to(self._device)
+            mask = batch != PADDING
+            self._hidden = hidden[rows, :length].to(self._device) if len(hidden) else hidden
+            self._observer.begin(mask)
+            with contextlib.suppress(Done):
+                self._skeleton.run(batch.clamp(min=0).long(), mask.long())
+            self._observer.check()
+            if self._left is None or self._left.shape[:2] != mask.shape:
+                raise CheckpointError(
+                    f"{self._work.uri} ({self._work.architecture}) cannot be run block by block:"
+                    " its blocks give no hidden state for each token.",
+                    code="config_invalid",
+                    context={"uri": self._work.uri},
+                )
+            if not self._work.is_last:
+                left = self._left.float() * mask.unsqueeze(-1)
+                if made is None:
+                    made = torch.zeros(*tokens.shape, left.shape[-1])
+                made[rows, :length] = left.cpu()
+            self._left = None
+        return made
+
+    def _batches(self, tokens: torch.Tensor) -> Iterator[tuple[slice, int]]:
+        """Samples of a batch, and the longest one's tokens."""
+        lengths = (tokens != PADDING).sum(1)
+        for start in range(0, len(tokens), self._work.batch):
+            rows = slice(start, start + self._work.batch)
+            yield rows, int(lengths[rows].max())
+
+    def _arrive(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What would go into the first block is what is to be found."""
+        self._left = args[0] if args else kwargs["hidden_states"]
+        self._observer.passed = True
+        raise Done
+
+    def _enter(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The block gets its own input, whatever those before it gave."""
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._hidden}
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._left = output[0] if isinstance(output, tuple) else output
+        self._observer.passed = True
+        if not self._work.is_last:
+            raise Done
+        self._observer.stop_if_done()
+
+
+class _Passing(nn.Module):
+    """In place of a block before the one in question."""
+
+    def __init__(self, runner: _BlockRunner) -> None:
+        super().__init__()
+        self._runner = runner
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self._runner.hidden

@@ -1,0 +1,74 @@
+"""Which experts can be run block by block, told from config and headers."""
+
+from __future__ import annotations
+
+from merging.checkpoint.index import CheckpointIndex, TensorEntry
+from merging.errors import Fault
+from merging.plan.architectures import known_architectures
+from merging.plan.inputs import Expert
+from merging.plan.wording import shorten_list
+from merging.roles import Role, describe_tensor
+
+_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+
+
+def unfit(expert: Expert) -> list[Fault]:
+    """Why an expert cannot be run block by block, if it cannot."""
+    index, pointer = expert.index, expert.pointer
+
+    def refuse(detail: str) -> list[Fault]:
+        return [Fault(pointer, "incompatible_options", f"{index.uri} {detail}")]
+
+    if expert.adapter is not None:
+        return refuse("is merged as an adapter; calibrated methods run whole models: merge it"
+                      " into its base first.")  # fmt: skip
+    known = known_architectures()
+    if known is None:
+        return refuse("is to be run on samples, for which transformers and accelerate must be"
+                      " installed: pip install 'mergeyard[calibration]'.")  # fmt: skip
+    name = architecture(index)
+    if name not in known:
+        needs = " without remote code" if index.config.get("auto_map") else ""
+        return refuse(
+            f"has the architecture {name or 'none'!r} in its config.json, which the installed"
+            f" transformers cannot build{needs}; calibrated methods have to run it."
+        )
+    if index.config.get("is_encoder_decoder"):
+        return refuse("has an encoder and a decoder; models with one stack of blocks are run.")
+    stacks = stacks_of(index)
+    if len(stacks) != 1:
+        told = shorten_list(sorted(stacks)) if stacks else "none"
+        return refuse(f"has not one stack of blocks by its tensors' names ({told}).")
+    if any(role_of(index, e).kind.startswith("mlp.experts.") for e in index.tensors.values()):
+        return refuse("is a mixture of experts, of which no statistics are taken by this version.")
+    if hidden_width(index) is None:
+        return refuse(f"has none of {', '.join(_WIDTH_KEYS)} in its config.json.")
+    return []
+
+
+def architecture(index: CheckpointIndex) -> str:
+    """The model's class in transformers; "" if the config names none."""
+    names = index.config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def hidden_width(index: CheckpointIndex) -> int | None:
+    """Entries of a hidden state; None if the config does not say."""
+    found = (index.config.get(key) for key in _WIDTH_KEYS)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def role_of(index: CheckpointIndex, entry: TensorEntry) -> Role:
+    """What one of a checkpoint's tensors is for."""
+    return describe_tensor(entry.name, entry.shape, index.config)
+
+
+def stacks_of(index: CheckpointIndex) -> dict[str, set[int]]:
+    """Lists of blocks, with the numbers of those."""
+    stacks: dict[str, set[int]] = {}
+    for entry in index.tensors.values():
+        layer = role_of(index, entry).layer
+        if layer >= 0:
+            stack = f".{entry.name}".partition(f".{layer}.")[0].removeprefix(".")
+            stacks.setdefault(stack, set()).add(layer)
+    return stacks

@@ -1,0 +1,86 @@
+"""What one shard of statistics does, as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+IDS = "tokens"
+HIDDEN = "hidden"
+"""Names of tensors that the first shard of an expert leaves, and all of them, for the next one."""
+
+
+class Weight(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor of the expert that a shard reads."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Measure(msgspec.Struct, frozen=True):
+    """What is measured at some modules.
+
+    Attributes:
+        kind: ``gram``: XᵀX of the inputs; ``rows``: the inputs themselves; ``norm``: sums of
+            squares of the normalised inputs.
+        width: Of an input.
+        modules: By name; all read the same input, that of the first is measured.
+    """
+
+    kind: str
+    width: int
+    modules: tuple[str, ...]
+
+
+class SampleWork(msgspec.Struct, frozen=True):
+    """Where the worker finds the samples.
+
+    Attributes:
+        settings: As of :class:`merging.recipe.calibration.CalibrationSettings`.
+        items: Samples that stand in the recipe; else they are in the first of the files.
+        uri: Address of that file.
+        tokenizer: Names of the tokenizer's files, which follow; none where samples are tokens.
+    """
+
+    settings: dict[str, Any]
+    items: tuple[Any, ...] | None
+    uri: str
+    tokenizer: tuple[str, ...]
+
+
+class StatisticsWork(msgspec.Struct, frozen=True):
+    """What one shard does: in the plan, the parameters of its setting.
+
+    What is read lies in ``given`` of the shard's first problem: tokens and hidden states (for a
+    block), or the samples' files; then the weights, in their order.
+
+    Attributes:
+        uri: The expert's.
+        config: Its ``config.json``.
+        architecture: Class of transformers.
+        stack: Name of the list of blocks.
+        block: Which one; -1 for what stands before them.
+        is_last: What stands behind the blocks is run too.
+        weights: To be read.
+        measures: In the order of the results behind tokens and hidden states.
+        num_samples: How many.
+        length: Places of a sample.
+        batch: Samples at once.
+        sample_digest: See :attr:`merging.plan.samples.Samples.digest`.
+        samples: For the first shard.
+    """
+
+    uri: str
+    config: dict[str, Any]
+    architecture: str
+    stack: str
+    block: int
+    is_last: bool
+    weights: tuple[Weight, ...]
+    measures: tuple[Measure, ...]
+    num_samples: int
+    length: int
+    batch: int
+    sample_digest: str
+    samples: SampleWork | None = None

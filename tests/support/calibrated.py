@@ -1,0 +1,138 @@
+"""Tiny models of transformers and what goes through them, for tests of calibrated methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from merging.execute.shard import run_shard
+from merging.plan.plan import Plan, Shard, file_uri
+from merging.plan.stages import shards_needed
+from merging.receipts import Receipt
+from merging.storage.base import Storage
+
+SAMPLES = [[1, 2, 3, 4, 5, 6, 7, 3, 9], [5, 9, 20], [8] * 12, [60, 2, 33, 4], [17]]
+"""Token ids of different lengths, so that some are padded."""
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 4}
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def _llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GROUPED, **_SPECIAL))
+
+
+def _qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_GROUPED, **_SPECIAL))
+
+
+def _gemma3() -> Any:
+    """Norms of 1 + weight; heads before tokens where its q/k norms are; two kinds of masks."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(
+        **_GROUPED, **_SPECIAL, sliding_window=4, layer_types=kinds
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=3, n_head=4, vocab_size=64, n_positions=64, **_SPECIAL
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _bert() -> Any:
+    return transformers.BertModel(transformers.BertConfig(**_SIZES))
+
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "gpt2": _gpt2,
+    "bert": _bert,
+}
+
+
+def write_models(folder: Path, architecture: str, num_experts: int = 2) -> list[Path]:
+    """A base model and experts near to it, as transformers saves them."""
+    paths = []
+    for number in range(num_experts + 1):
+        model = ARCHITECTURES[architecture]()
+        start = torch.Generator().manual_seed(0)
+        own = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=start))
+                parameter += 0.03 * (number + 1) * torch.randn(parameter.shape, generator=own)
+        paths.append(folder / f"model-{number}")
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+def calibrated_recipe(
+    models: Sequence[object], method: str = "lot", **calibration: Any
+) -> dict[str, Any]:
+    """A recipe over :func:`write_models`."""
+    base, *experts = models
+    document: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": str(expert)} for expert in experts],
+        "calibration": {"data": SAMPLES, "batch": 2, **calibration},
+    }
+    return document | ({} if method == "regmean" else {"base_model": str(base)})
+
+
+def statistics_shards(plan: Plan) -> list[Shard]:
+    """Those that run experts on samples."""
+    return [s for s in plan.shards if plan.settings[s.problems[0].setting].method == "statistics"]
+
+
+def run_shards(
+    plan: Plan, storage: Storage, shards: Sequence[Shard], receipts: dict[int, Receipt]
+) -> None:
+    """Run some shards; receipts of those before are taken from and added to ``receipts``."""
+    needed, digest = shards_needed(plan), plan.digest
+    for shard in shards:
+        versions = {index: receipts[index].version for index in needed[shard.index]}
+        receipts[shard.index] = run_shard(plan.work(shard.index, digest, versions), storage)
+
+
+def shard_uri(plan: Plan, shard: Shard) -> str:
+    """Where its file is."""
+    return file_uri(plan.output_uri, plan.digest, shard)
+
+
+def hooked_inputs(folder: Path, module_names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """By plain hooks on the whole model, sample by sample: rows that go into modules."""
+    config = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    [architecture] = config.architectures
+    model = getattr(transformers, architecture).from_pretrained(folder, config=config).eval()
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in module_names}
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows[name].append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+
+        return look
+
+    for name in module_names:
+        model.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for sample in SAMPLES:
+            model(input_ids=torch.tensor([sample]))
+    return {name: torch.cat(found) for name, found in rows.items()}

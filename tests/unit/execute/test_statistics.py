@@ -1,0 +1,264 @@
+"""Experts run block by block: what is measured is what hooks on the whole model see."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from merging.errors import CheckpointError, PlanError, RecipeError
+from merging.execute.skeleton import Skeleton
+from merging.local_run import run_plan
+from merging.options import MergeOptions
+from merging.plan.plan import Plan
+from merging.plan.planner import make_plan
+from merging.plan.statistics_work import StatisticsWork
+from merging.receipts import Receipt
+from merging.recipe import parse_recipe
+from merging.storage.router import open_storage
+from tests.support.calibrated import (
+    ARCHITECTURES,
+    SAMPLES,
+    calibrated_recipe,
+    hooked_inputs,
+    run_shards,
+    shard_uri,
+    statistics_shards,
+    write_models,
+)
+from tests.support.checkpoints import make_family
+from tests.support.merges import load_merged, weight_bytes
+
+pytestmark = pytest.mark.slow
+
+
+def plan_of(document: dict[str, Any], output: Path, **options: Any) -> Plan:
+    return make_plan(parse_recipe(document), open_storage(), MergeOptions(**options), str(output))
+
+
+def work_of(plan: Plan, shard) -> StatisticsWork:
+    setting = plan.settings[shard.problems[0].setting]
+    return msgspec.convert(setting.parameters, StatisticsWork)
+
+
+def normalised(module: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.double()
+    if isinstance(module, torch.nn.LayerNorm):
+        centred = rows - rows.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_statistics_are_those_of_hooks_on_the_whole_model(
+    tmp_path: Path, architecture: str
+) -> None:
+    models = write_models(tmp_path / "models", architecture, 1)
+    plan = plan_of(calibrated_recipe(models), tmp_path / "out")
+    receipts: dict[int, Receipt] = {}
+    shards = statistics_shards(plan)
+    run_shards(plan, open_storage(), shards, receipts)
+    found = {name for s in shards for m in work_of(plan, s).measures for name in m.modules}
+    rows = hooked_inputs(models[1], sorted(found))
+    skeleton = Skeleton(work_of(plan, shards[-1]), "cpu")
+    kinds = Counter[str]()
+    for shard in shards:
+        tensors = load_file(shard_uri(plan, shard))
+        for measure in work_of(plan, shard).measures:
+            statistic = tensors[measure.modules[0]]
+            for name in measure.modules:
+                X = rows[name].double()
+                if measure.kind == "norm":
+                    expected = normalised(skeleton.find(name), rows[name]).square().sum(0)
+                    actual = statistic[:-1].double()
+                else:
+                    values = statistic[:-1].view(-1, measure.width).double()
+                    actual = values if measure.kind == "gram" else values.T @ values
+                    expected = X.T @ X
+                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+                assert statistic[-1] == len(X)
+            kinds[measure.kind] += 1
+    assert kinds["gram"] >= 9
+    assert kinds["norm"] >= 6
+    assert all(receipts[s.index].bytes_read == s.bytes_read for s in shards)
+
+
+def test_every_linear_layer_and_norm_of_the_blocks_is_measured(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "llama", 1)
+    plan = plan_of(calibrated_recipe(models), tmp_path / "out")
+    steps = {
+        problem.tensor_name: plan.settings[problem.setting].step
+        for shard in plan.outputs
+        for problem in shard.problems
+    }
+    assert [name for name, step in steps.items() if not step] == [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ]
+    assert steps["model.norm.weight"] == "norm"
+    [measures] = [work_of(plan, s).measures for s in statistics_shards(plan)[1:2]]
+    assert [len(measure.modules) for measure in measures if measure.kind == "gram"].count(3) == 1
+    assert [len(measure.modules) for measure in measures if measure.kind == "gram"].count(2) == 1
+
+
+def test_few_rows_are_kept_as_they_are_and_say_the_same(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "llama", 2)
+    few = calibrated_recipe(models, data=[[3, 1, 4, 1, 5], [9, 2, 6]])
+    plan = plan_of(few, tmp_path / "rows")
+    measures = [m for s in statistics_shards(plan) for m in work_of(plan, s).measures]
+    assert {m.kind for m in measures} == {"rows", "norm"}
+    run_plan(plan, open_storage())
+    few["calibration"]["data"] = [[3, 1, 4, 1, 5], [9, 2, 6]] * 8
+    few["calibration"]["samples"] = 16
+    many = plan_of(few, tmp_path / "grams")
+    kinds = {m.kind for s in statistics_shards(many) for m in work_of(many, s).measures}
+    assert kinds == {"gram", "norm"}
+    run_plan(many, open_storage())
+    merged, other = load_merged(tmp_path / "rows"), load_merged(tmp_path / "grams")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_fits_where_the_model_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MiB for a model of 14: what a worker holds of it is one block."""
+    held: list[int] = []
+    load = Skeleton.load
+
+    def count(skeleton: Skeleton, name: str, tensor: torch.Tensor) -> None:
+        load(skeleton, name, tensor)
+        storages = {p.untyped_storage().data_ptr(): p for p in skeleton.model.parameters()}
+        held.append(sum(p.untyped_storage().nbytes() for p in storages.values()))
+
+    monkeypatch.setattr(Skeleton, "load", count)
+    models = make_family(tmp_path, num_experts=1, hidden=128, layers=24, vocab=64)
+    paths = [models.base, *models.experts]
+    size = sum(e.stat().st_size for e in models.base.glob("*.safetensors"))
+    document = calibrated_recipe(paths)
+    run_plan(plan_of(document, tmp_path / "out", memory_budget=4 << 20), open_storage())
+    assert size > 13e6
+    assert max(held) < 1e6
+    with pytest.raises(PlanError, match=r"needs .* bytes of host memory"):
+        plan_of(document, tmp_path / "less", memory_budget=1 << 20)
+
+
+def test_work_that_stopped_goes_on_at_its_block(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "qwen3", 2)
+    document = calibrated_recipe(models)
+    run_plan(plan_of(document, tmp_path / "at-once"), open_storage())
+    plan = plan_of(document, tmp_path / "stopped")
+    done: list[int] = []
+
+    def engine(work, *args, **kwargs) -> Receipt:
+        from merging.execute.shard import run_shard
+
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(work.shard.index)
+        return run_shard(work, *args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, open_storage(), engine=engine)
+    first = list(done)
+    done.clear()
+    done.extend([-1] * 4)
+    run_plan(plan, open_storage(), engine=engine)
+    assert not set(first) & set(done[4:])
+    assert weight_bytes(tmp_path / "stopped") == weight_bytes(tmp_path / "at-once")
+
+
+def test_the_order_of_shards_does_not_show(tmp_path: Path) -> None:
+    """As of two workers, each with an expert of its own."""
+    from merging.publish import prepare_output, publish
+
+    models = write_models(tmp_path / "models", "bert", 2)
+    document, storage = calibrated_recipe(models), open_storage()
+    run_plan(plan_of(document, tmp_path / "one"), storage)
+    plan = plan_of(document, tmp_path / "two")
+    prepare_output(plan, storage)
+    shards = statistics_shards(plan)
+    half = len(shards) // 2
+    turns = [shard for pair in zip(shards[half:], shards[:half], strict=True) for shard in pair]
+    receipts: dict[int, Receipt] = {}
+    run_shards(plan, storage, [*turns, *plan.outputs], receipts)
+    publish(plan, list(receipts.values()), storage)
+    assert weight_bytes(tmp_path / "two") == weight_bytes(tmp_path / "one")
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(1, vocab)}
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, **words}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}w9 {{ m['content'] }} w8 {% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", chat_template=template
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_texts_go_through_the_tokenizer_of_the_expert(tmp_path: Path, chat: bool) -> None:
+    models = write_models(tmp_path / "models", "llama", 1)
+    write_tokenizer(models[1], 64)
+    data = tmp_path / "samples.jsonl"
+    around = ([9], [8]) if chat else ([], [])
+    ids = [[*around[0], *sample, *around[1]] for sample in SAMPLES]
+    lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in sample)}) for sample in SAMPLES]
+    data.write_text("\n".join(lines) + "\n\n")
+    text = calibrated_recipe(
+        models, data=str(data), field="prompt", max_length=16, chat_template=chat
+    )
+    run_plan(plan_of(text, tmp_path / "text"), open_storage())
+    run_plan(plan_of(calibrated_recipe(models, data=ids), tmp_path / "ids"), open_storage())
+    merged, expected = load_merged(tmp_path / "text"), load_merged(tmp_path / "ids")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_another_model_are_refused_by_sample(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "llama", 1)
+    write_tokenizer(models[1], 100)
+    document = calibrated_recipe(models, data=["w1 w2", "w3 w99"])
+    with pytest.raises(RecipeError, match="Sample 2 has the token id 99"):
+        run_plan(plan_of(document, tmp_path / "out"), open_storage())
+
+
+def test_weights_that_the_architecture_lacks_are_named(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "llama", 1)
+    for model in models:
+        config = json.loads((model / "config.json").read_text())
+        config["architectures"], config["model_type"] = ["Qwen3ForCausalLM"], "qwen3"
+        config["num_hidden_layers"] = 2
+        (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2"):
+        run_plan(plan_of(calibrated_recipe(models), tmp_path / "out"), open_storage())
+
+
+def test_the_example_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, in a folder with such models and samples."""
+    monkeypatch.chdir(tmp_path)
+    paths = write_models(tmp_path / "made", "llama", 2)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "samples").mkdir()
+    for path, name in zip(paths, ("base", "chat", "code"), strict=True):
+        write_tokenizer(path, 64)
+        path.rename(tmp_path / "models" / name)
+    for name in ("chat", "code"):
+        lines = [json.dumps({"text": f"w{n} w7 w{n + 9}"}) for n in range(70)]
+        (tmp_path / "samples" / f"{name}.jsonl").write_text("\n".join(lines))
+    text = (Path(__file__).parents[3] / "examples/recipes/lot.yaml").read_text()
+    plan = make_plan(parse_recipe(text), open_storage(), MergeOptions(), str(tmp_path / "out"))
+    report = run_plan(plan, open_storage())
+    assert [work_of(plan, s).num_samples for s in statistics_shards(plan)] == [64] * 8
+    assert report["bytes_read"] == plan.totals.bytes_read
+    assert load_merged(tmp_path / "out").keys() == load_merged(tmp_path / "models/base").keys()
