@@ -56,15 +56,13 @@ def read_inputs(recipe: Recipe, storage: Storage, output_uri: str) -> Inputs:
     if not recipe.slices:
         return Inputs(method=method, base=base, experts=experts[0])
     slices = SliceCutter(recipe, method, models.sections, models.checkpoint).cut(experts)
-    bases = [
-        models.checkpoint(s.base) for s in models.sections if s.base not in (None, models.base)
-    ]
+    own = dict.fromkeys(s.base for s in models.sections if s.base != models.base)
     return Inputs(
         method=method,
         base=base,
         experts=_each_once(experts),
         slices=slices,
-        slice_bases=tuple(bases),
+        slice_bases=tuple(models.checkpoint(uri) for uri in own if uri is not None),
     )
 
 
@@ -108,7 +106,7 @@ class _Models:
             base = section.base_model
             if base is not None:
                 is_own = base != recipe.base_model
-                pointer = f"{section.pointer[:-8]}/base_model" if is_own else "/base_model"
+                pointer = f"{section.owner}/base_model" if is_own else "/base_model"
                 base = self._normalise(base, pointer, storage)
             self.sections.append(SectionAddresses(section.pointer, base, entries))
         if recipe.base_model is not None:

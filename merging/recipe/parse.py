@@ -217,9 +217,8 @@ class _Reader:
         if method.needs_base:
             for section in sections:
                 if section.base_model is None:
-                    pointer = "" if section.pointer == "/models" else section.pointer[:-8]
                     detail = f"{method.name} needs a base model; add the key 'base_model'."
-                    self._refuse(f"{pointer}/base_model", detail, "incompatible_options")
+                    self._refuse(f"{section.owner}/base_model", detail, "incompatible_options")
         elif (
             not method.optional_base
             and base is not None
@@ -270,8 +269,8 @@ class _Reader:
     def _check_parameters(self, section: Section, method: MergeMethod) -> None:
         """Parameters that are missing or do not go together."""
         levels = section.levels
-        outer = section.pointer.rpartition("/")[0] if len(levels) > 1 else ""
-        check_together(method.parameters, levels, f"{outer}/parameters", self._faults)
+        pointer = f"{section.owner}/parameters"
+        check_together(method.parameters, levels, pointer, self._faults)
         for number, entry in enumerate(section.entries):
             if not _is_base(entry.model, section.base_model, method):
                 pointer = f"{section.pointer}/{number}/parameters"

@@ -72,6 +72,11 @@ class Section:
     base_model: str | None
     levels: tuple[Level, ...]
 
+    @property
+    def owner(self) -> str:
+        """JSON pointer to the slice, or to the recipe, that the list of models belongs to."""
+        return self.pointer.rpartition("/")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

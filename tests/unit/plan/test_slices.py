@@ -191,3 +191,10 @@ def test_one_quantile_over_slices_of_different_experts_is_refused(storage: Memor
     changes = {"merge_method": "ties", "base_model": A, "parameters": parameters}
     slices = [of((A, 0, 1), (B, 0, 1)), of((A, 1, 2), (B, 1, 2))]
     assert "tensors of each expert together" in refusal(storage, *slices, **changes).detail
+
+
+def test_base_that_several_slices_name_is_one_input(storage: MemoryStorage) -> None:
+    slices = [of((A, n, n + 1), (B, n, n + 1), base_model=A) for n in range(3)]
+    found = plan(storage, *slices, merge_method="slerp")
+    assert [(item.role, item.uri) for item in found.inputs] == [("base", A), ("expert", B)]
+    assert not found.warnings
