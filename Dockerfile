@@ -63,6 +63,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --user-group --no-log-init --home-dir /var/lib/mergeyard --create-home mergeyard
 COPY --from=build /opt/mergeyard /opt/mergeyard
+ARG COMMIT=unknown
 ENV PATH=/opt/mergeyard/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/var/lib/mergeyard \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -70,6 +71,7 @@ ENV PATH=/opt/mergeyard/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
     RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    MERGEYARD_COMMIT=$COMMIT \
     MERGEYARD_HOST=0.0.0.0 \
     MERGEYARD_DATA_DIR=/var/lib/mergeyard
 USER 10001:10001

@@ -134,7 +134,7 @@ def _settings() -> str:
 
 def _metrics() -> str:
     metrics = Metrics("")
-    RunnerMetrics(metrics.registry)
+    RunnerMetrics(metrics)
     StorageMetrics(metrics.registry)
     rows = [
         (

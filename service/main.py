@@ -78,7 +78,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         first_token = prepare_first_token(store, settings)
         forecast = Forecast(settings.data_dir / "rates.json", settings.device)
         version = metadata.version("mergeyard")
-        metrics = Metrics(version)
+        metrics = Metrics(version, settings.commit)
         timed = StorageMetrics(metrics.registry).timed
         storage = timed(open_storage(settings.storage_roots))
         tracing = open_tracing(settings.otlp_endpoint, version) if settings.otlp_endpoint else None
@@ -88,14 +88,17 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         if settings.run_jobs:
             pool = _make_pool(settings)
             stack.callback(pool.close)
-            seen = metered(store, RunnerMetrics(metrics.registry))
+            seen = metered(store, RunnerMetrics(metrics))
             seen = traced(seen, tracing) if tracing else seen
             runner = _make_runner(settings, seen, pool, forecast, timed)
         app = create_app(
             settings,
             store,
             storage=storage,
-            checks=[] if runner is None else [_runner_check(runner)],
+            checks=[
+                *([] if runner is None else [_check("runner", lambda: runner.is_running)]),
+                _check("webhooks", lambda: sender.is_running, is_required=False),
+            ],
             forecast=forecast,
             metrics=metrics,
             tracing=tracing,
@@ -216,12 +219,16 @@ def _make_sender(services: Services) -> Sender:
     )
 
 
-def _runner_check(runner: Runner) -> ReadinessCheck:
-    def check() -> None:
-        if not runner.is_running:
-            raise MergeError("The runner has stopped.", code="not_ready", retryable=True)
+def _check(
+    name: str, is_running: Callable[[], bool], *, is_required: bool = True
+) -> ReadinessCheck:
+    """Of a part of this process. Webhooks can wait for another replica; nothing else does."""
 
-    return ReadinessCheck("runner", check)
+    def check() -> None:
+        if not is_running():
+            raise MergeError(f"The part {name!r} has stopped.", code="not_ready", retryable=True)
+
+    return ReadinessCheck(name, check, is_required)
 
 
 def _stop_runner(runner: Runner, drain_seconds: float) -> None:

@@ -14,9 +14,10 @@ class Metrics:
 
     Args:
         version: Of the server.
+        commit: That it was built from.
     """
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, commit: str = "unknown") -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "mergeyard_http_requests",
@@ -36,6 +37,12 @@ class Metrics:
             ["merge_method"],
             registry=self.registry,
         )
+        self.jobs_finished = Counter(
+            "mergeyard_jobs_finished",
+            "Jobs that ended here: were run, or were cancelled while they waited.",
+            ["merge_method", "outcome"],
+            registry=self.registry,
+        )
         self.webhook_deliveries = Counter(
             "mergeyard_webhook_deliveries",
             "Tries at delivering webhooks from this controller.",
@@ -53,8 +60,10 @@ class Metrics:
         self._streams = Gauge(
             "mergeyard_event_streams_open", "Event streams being served.", registry=self.registry
         )
-        build = Gauge("mergeyard_build_info", "Always 1.", ["version"], registry=self.registry)
-        build.labels(version).set(1)
+        build = Gauge(
+            "mergeyard_build_info", "Always 1.", ["version", "commit"], registry=self.registry
+        )
+        build.labels(version, commit).set(1)
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered; ``route`` is the template of its address."""

@@ -214,6 +214,12 @@ class Settings(BaseSettings):
         description="How long the unfinished files of failed, cancelled and forgotten jobs are"
         " kept, for a retry to go on from. Then they are removed; a retry starts afresh.",
     )
+    commit: str = Field(
+        default="unknown",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Commit that the service was built from, for mergeyard_build_info; images that"
+        " are built with --build-arg COMMIT=... know it.",
+    )
     otlp_endpoint: str | None = Field(
         default=None,
         pattern=r"^https?://",

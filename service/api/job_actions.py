@@ -15,6 +15,7 @@ from service.api.schemas import CancelRequest, JobPatch
 from service.api.submission import refuse_overload
 from service.auth import Scope
 from service.jobs.errors import RevisionMismatchError
+from service.jobs.states import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -36,6 +37,8 @@ def cancel_job(
     """Stop a job. ``orderly`` lets workers tidy up, ``now`` ends their processes."""
     before = services.store.get(job_id)
     job = services.store.request_cancel(job_id, (body or CancelRequest()).mode)
+    if before.state == JobState.QUEUED and job.state == JobState.CANCELLED:  # no runner counts it
+        services.metrics.jobs_finished.labels(job.method, job.state.value).inc()
     if job.cancel_requested == before.cancel_requested:
         response.status_code = 200
     return show_job(services, job, response)

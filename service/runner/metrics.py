@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import Counter, Histogram
 
 from merging.plan.plan import Plan
 from merging.rates import storage_kind
 from service.jobs.records import Claim, JobRecord
 from service.jobs.states import TERMINAL, JobState, ShardState
 from service.jobs.store import JobStore
+from service.metrics import Metrics
 from service.runner.observed import ObservedStore
 
 _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 48 * 3600)
@@ -26,10 +27,12 @@ class RunnerMetrics:
     """Counters and histograms of one runner. No ids, addresses or user text in labels.
 
     Args:
-        registry: Where they are kept; ``/metrics`` of the same process shows them.
+        metrics: Of the process; ``/metrics`` shows both.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        registry = metrics.registry
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"mergeyard_{name}", text, labels, registry=registry)
 
@@ -37,7 +40,7 @@ class RunnerMetrics:
             return Histogram(f"mergeyard_{name}", text, labels, registry=registry, buckets=buckets)
 
         outcome = ("merge_method", "outcome")
-        self.jobs_finished = counter("jobs_finished", "Jobs that ended here.", *outcome)
+        self.jobs_finished = metrics.jobs_finished
         self.queue_wait = histogram(
             "job_queue_wait_seconds", "From being queued to being claimed.", _SECONDS
         )

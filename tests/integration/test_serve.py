@@ -89,6 +89,7 @@ def test_the_first_start_offers_a_link_that_logs_in_once(tmp_path: Path) -> None
         assert {check["name"]: check["status"] for check in checks} == {
             "database": "ok",
             "runner": "ok",
+            "webhooks": "ok",
         }
         assert service.client.get("/v1/jobs").status_code == 200
         assert service.terminate() == 0
@@ -199,7 +200,7 @@ def test_a_replica_that_only_answers_leaves_jobs_to_one_that_drives(tmp_path: Pa
     family = make_family(tmp_path / "models", num_experts=2)
     with served(tmp_path, run_jobs=False) as front:
         names = {check["name"] for check in front.client.get("/readyz").json()["checks"]}
-        assert names == {"database"}
+        assert names == {"database", "webhooks"}
         with Client(front.url, front.client.headers["authorization"].split()[1]) as client:
             recipe = {
                 "merge_method": "linear",

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def test_without_its_database_the_service_is_healthy_but_not_ready(
 
 def test_metrics_count_requests_by_route_and_jobs_by_state(api: LiveApi) -> None:
     job = api.submit("metrics")
+    for _ in range(2):
+        api.admin.post(f"/v1/jobs/{api.submit('never-run')['id']}/cancel")
     api.admin.get(f"/v1/jobs/{job['id']}")
     api.admin.get("/v1/unknown/with/user/text")
     response = api.admin.get("/metrics")
@@ -69,6 +72,8 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(api: LiveApi) -> None
     assert samples["mergeyard_http_requests_total", "GET", "unknown", "404"] >= 1
     assert samples["mergeyard_jobs", "queued"] >= 1
     assert samples["mergeyard_jobs_submitted_total", "linear"] >= 1
+    assert samples["mergeyard_jobs_finished_total", "linear", "cancelled"] >= 2
+    assert ("mergeyard_build_info", "unknown", metadata.version("mergeyard")) in samples
     assert job["id"] not in response.text
     assert "user" not in response.text
 

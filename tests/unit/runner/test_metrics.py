@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from merging.errors import CheckpointError, StorageError
 from service.jobs.errors import StaleLeaseError
 from service.jobs.states import JobState
+from service.metrics import Metrics
 from service.runner.metrics import RunnerMetrics, metered
 from service.storage_metrics import StorageMetrics
 from tests.support.fake_pool import FakePool
@@ -17,9 +18,10 @@ from tests.support.runner_bench import NUM_SHARDS, Bench
 
 class Counted:
     def __init__(self, bench: Bench) -> None:
-        self.registry = CollectorRegistry()
+        metrics = Metrics("0")
+        self.registry = metrics.registry
         self.bench = bench
-        bench.store = metered(bench.store, RunnerMetrics(self.registry))  # type: ignore[assignment]
+        bench.store = metered(bench.store, RunnerMetrics(metrics))  # type: ignore[assignment]
 
     def __call__(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"mergeyard_{name}", labels) or 0.0
