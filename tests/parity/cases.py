@@ -60,6 +60,20 @@ SPARSE = tuple(
 CRUMBS = tuple({**one, "gamma": 0.05} for one in SPARSE)
 FILTERED = [{"filter": "mlp", "value": 0.2}, {"filter": "self_attn", "value": 1.0}, {"value": 0.6}]
 
+
+def _slice(*sources: tuple[str, int, dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """One layer of each source, with parameters."""
+    entries = [
+        {"model": model, "layer_range": [layer, layer + 1], "parameters": parameters}
+        for model, layer, parameters in sources
+    ]
+    return {"sources": entries, **changes}
+
+
+def _sliced(method: str, *slices: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"merge_method": method, "slices": list(slices), "dtype": "float32", **changes}
+
+
 CASES = [
     Case("linear", _recipe("linear", _models(*WEIGHTS), base=False), ROUNDING),
     Case(
@@ -136,4 +150,42 @@ CASES = [
     Case("ramplus_tl", _recipe("ramplus_tl", _models({}, {}, {})), 1e-5),
     Case("passthrough", _recipe("passthrough", _models({}), base=False)),
     Case("passthrough, scaled", _recipe("passthrough", _models({"scale": 0.5}), base=False)),
+    Case(
+        "slices, layers exchanged",
+        _sliced(
+            "passthrough",
+            _slice(("E0", 1, {"scale": [{"filter": "layers.1.mlp", "value": 0.5}, {"value": 1}]})),
+            _slice(("E1", 0, {})),
+        ),
+    ),
+    Case(
+        "slices, precedence and bases of their own",
+        _sliced(
+            "task_arithmetic",
+            _slice(
+                ("BASE", 0, {}),
+                ("E0", 0, {"weight": [0.2, 0.7]}),
+                ("E1", 1, {}),
+                parameters={"weight": 0.4, "lambda": 0.9},
+            ),
+            _slice(("E0", 1, {}), ("E1", 1, {}), ("E2", 0, {}), base_model="E0"),
+            base_model="BASE",
+            parameters={"weight": 0.6},
+        ),
+    ),
+    Case(
+        "slices, slerp by filter and layer",
+        _sliced(
+            "slerp",
+            {
+                "sources": [
+                    {"model": "BASE", "layer_range": [0, 2]},
+                    {"model": "E0", "layer_range": [0, 2]},
+                ]
+            },
+            base_model="BASE",
+            parameters={"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.5}]},
+        ),
+        1e-4,
+    ),
 ]
