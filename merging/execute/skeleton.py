@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import nn
 
 from merging.errors import CheckpointError, WorkerError
 from merging.plan.statistics_work import StatisticsWork
+
+_BUILDING = threading.Lock()
+"""Held while accelerate has changed how torch registers parameters, and where that must not be so:
+shards may run in threads of one process."""
 
 
 class Done(Exception):  # noqa: N818 - an end, not an error
@@ -107,7 +112,8 @@ class Skeleton:
     def _set(self, name: str, tensor: torch.Tensor) -> None:
         path, _, own = name.rpartition(".")
         module = self.model.get_submodule(path)
-        setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+        with _BUILDING:
+            setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
     def _known(self, name: str, known: dict[str, Any]) -> str | None:
         """A checkpoint's name as the model has it: with or without the base model's prefix."""
@@ -152,7 +158,7 @@ def _build(work: StatisticsWork) -> Any:
     try:
         config = transformers.AutoConfig.for_model(**values, attn_implementation="eager")
         config.use_cache = False
-        with init_empty_weights(include_buffers=False):
+        with _BUILDING, init_empty_weights(include_buffers=False):
             model = architecture(config)
     except Exception as error:
         raise CheckpointError(

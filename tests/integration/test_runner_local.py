@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merging.local_run import run_plan
+from merging.options import MergeOptions
+from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
 from service.jobs.records import JobRecord, NewJob
@@ -18,7 +21,7 @@ from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
 from tests.support.checkpoints import Family, make_family
 from tests.support.fake_pool import FakePool
-from tests.support.merges import plan_merge, recipe, weight_bytes
+from tests.support.merges import recipe, weight_bytes
 from workers.local_pool import LocalPool
 
 PATIENCE_SECONDS = 60.0
@@ -32,8 +35,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def submit(store: SqlJobStore, family: Family, output: Path, method: str = "ties") -> JobRecord:
+def document_of(family: Family, method: str) -> dict[str, Any]:
     document = recipe(family, method)
+    if method == "lot":
+        document["calibration"] = {"data": [[1, 2, 3, 4, 5], [6, 7]], "batch": 1}
+    return document
+
+
+def submit(store: SqlJobStore, family: Family, output: Path, method: str = "ties") -> JobRecord:
+    document = document_of(family, method)
     job = NewJob(
         recipe_source=document,
         recipe=document,
@@ -57,12 +67,16 @@ def family(tmp_path: Path) -> Family:
     return make_family(tmp_path / "models", num_experts=2)
 
 
-@pytest.mark.parametrize(("method", "workers"), [("ties", 2), ("iso_wudi", 1), ("iso_wudi", 4)])
+@pytest.mark.parametrize(
+    ("method", "workers"), [("ties", 2), ("iso_wudi", 1), ("iso_wudi", 4), ("lot", 2)]
+)
 def test_a_job_gives_the_bytes_that_the_engine_gives_by_itself(
     store: SqlJobStore, family: Family, tmp_path: Path, method: str, workers: int
 ) -> None:
-    """The second method works in stages."""
-    plan = plan_merge(family, method, open_storage(), tmp_path / "direct", **OPTIONS)
+    """The second method works in stages, the third runs its experts on samples."""
+    document = parse_recipe(document_of(family, method))
+    options = MergeOptions(**OPTIONS)
+    plan = make_plan(document, open_storage(), options, str(tmp_path / "direct"))
     run_plan(plan, open_storage())
     roots = (str(tmp_path),)
     pool = LocalPool(workers)
