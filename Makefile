@@ -7,6 +7,7 @@ PINS   := constraints/$(GPU).txt
 TORCH  := $(shell sed -n 's/^torch==//p' constraints/$(GPU).txt)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS   ?=
+SPREAD ?= -n auto --dist loadfile
 
 PAGES  := service/dashboard/static/index.html
 PAGE_SOURCES := $(shell find dashboard -name node_modules -prune -o -type f -print) examples/recipes
@@ -46,10 +47,10 @@ demo: setup                                   ## the main job, end to end
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup-test dashboard                    ## every test; ARGS="-k name" narrows it
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-fast: setup-test dashboard               ## the tier that runs in seconds
-	$(BIN)/python -m pytest -m "not slow and not s3 and not ray and not postgres and not browser" $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow and not s3 and not ray and not postgres and not browser" $(ARGS)
 
 check: setup-check dashboard                  ## format, lint, types, import contracts, audit
 	$(BIN)/ruff format --check .

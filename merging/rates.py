@@ -8,6 +8,7 @@ has its own rate, and one that was never used has none.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import tempfile
 import threading
@@ -50,11 +51,13 @@ class Rates(msgspec.Struct, frozen=True):
 
     def flops_per_second(self, rows: int, columns: int) -> float:
         """The rate of steps on rows×columns, as of the square matrix with as many operations."""
-        import numpy as np
-
-        size = max(rows, 1) ** (1 / 3) * max(columns, 1) ** (2 / 3)
-        sizes, rates = np.log(self.steps).T
-        return float(np.exp(np.interp(math.log(size), sizes, rates)))
+        size = math.log(max(rows, 1)) / 3 + math.log(max(columns, 1)) * 2 / 3
+        points = [(math.log(measured), math.log(rate)) for measured, rate in self.steps]
+        for (left, low), (right, high) in itertools.pairwise(points):
+            if size <= right:
+                share = max(0.0, (size - left) / (right - left))
+                return math.exp(low + share * (high - low))
+        return self.steps[-1][1]
 
     def learn(self, read: Mapping[str, Transfer], written: Mapping[str, Transfer]) -> Rates:
         """The rates with what a shard's transfers tell, by kind of storage."""

@@ -101,6 +101,8 @@ def test_help_and_methods_load_nothing_heavy(arguments: list[str]) -> None:
 def test_planning_loads_nothing_heavy(family: Family, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, family)
     assert not modules_loaded_by("plan", path, "-o", tmp_path / "merged") & HEAVY
+    assert mergeyard("merge", path, "-o", tmp_path / "other").status == 0  # rates are known now
+    assert not modules_loaded_by("plan", path, "-o", tmp_path / "merged") & HEAVY
 
 
 def test_without_a_command_there_is_help() -> None:

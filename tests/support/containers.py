@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ class Containers:
         configuration = folder / "containers.conf"
         configuration.write_text(_CONFIGURATION)
         self._environment = os.environ | {"CONTAINERS_CONF": str(configuration)}
-        self._store = [f"--root={folder}/storage", f"--runroot={folder}/run"]
+        self._run_folder = tempfile.mkdtemp()  # podman takes no path of over 50 characters
+        self._store = [f"--root={folder}/storage", f"--runroot={self._run_folder}"]
 
     def import_base(self) -> None:
         """Make the base image, as small as Debian gets, unless it is there."""
@@ -116,6 +118,7 @@ class Containers:
         subprocess.run(
             ["umount", f"{self._folder}/storage/overlay"], check=False, capture_output=True
         )
+        shutil.rmtree(self._run_folder, ignore_errors=True)
 
     def _mounts(self) -> list[str]:
         listed = subprocess.run(
