@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.errors import NumericalError
+from merging.errors import NumericalError, RecipeError
 from merging.method import (
     Cost,
     Geometry,
@@ -52,6 +52,7 @@ def merge_multislerp(
     """Merge one tensor.
 
     Raises:
+        RecipeError: ``bad_parameter`` if weights that should be normalised add up to 0.
         NumericalError: ``did_not_converge`` if the directions of three tensors or more cancel out.
     """
     from merging.ops.combinations import combine, inner_products
@@ -60,6 +61,13 @@ def merge_multislerp(
     products = inner_products(tensors, base)
     weights = products.new_tensor([parameters.weight for parameters in task.expert_parameters])
     if task.parameters.normalize_weights:
+        if weights.sum() == 0:
+            raise RecipeError(
+                f"The weights of {task.tensor_name!r} add up to 0, so that they cannot be"
+                " normalised. Change the weights or set normalize_weights to false.",
+                code="bad_parameter",
+                context={"tensor_name": task.tensor_name},
+            )
         weights = weights / weights.sum()
     found = _sphere_weights(products[0], weights, task.parameters.eps)
     if found is None:

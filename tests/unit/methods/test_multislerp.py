@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from merging.errors import NumericalError
+from merging.errors import NumericalError, RecipeError
 from tests.support.tensors import make_models, merge, relative_difference
 
 WEIGHTS = [0.5, 1.0, 0.25]
@@ -49,3 +49,11 @@ def test_directions_that_cancel_out_are_an_error_that_names_the_tensor() -> None
     with pytest.raises(NumericalError, match="'up' cancel out") as raised:
         merge("multislerp", None, [expert, expert, -expert], {}, weights, tensor_name="up")
     assert raised.value.code == "did_not_converge"
+
+
+def test_weights_that_add_up_to_nothing_are_an_error_that_names_the_tensor() -> None:
+    _, experts = make_models((8, 8), 2)
+    weights = [{"weight": 1.0}, {"weight": -1.0}]
+    with pytest.raises(RecipeError, match="'up' add up to 0") as raised:
+        merge("multislerp", None, experts, {}, weights, tensor_name="up")
+    assert raised.value.code == "bad_parameter"
