@@ -45,7 +45,7 @@ RUN python3 -m venv --without-pip /opt/mergeyard \
 COPY pyproject.toml .
 RUN tools/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 extras = project["optional-dependencies"]; \
-print(*project["dependencies"], *extras["postgres"], *extras["otel"], sep="\n")' > requirements.txt \
+print(*project["dependencies"], *extras["postgres"], *extras["otel"], *extras["calibration"], sep="\n")' > requirements.txt \
  && tools/bin/pip install --constraint constraints.txt --requirement requirements.txt \
  && rm -rf /opt/mergeyard/lib/python3*/site-packages/ray/jars \
  && for package in networkx numpy sympy; do \

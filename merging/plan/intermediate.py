@@ -66,9 +66,8 @@ class Intermediates:
 
     def of_step(self, problem: Problem, step: str) -> Problem:
         """The problem as one of this step of its method, with what that costs."""
-        method = self.method(problem)
-        assert method is not None
-        steps = [(method.step(step), self.parameters(problem))]
+        variants = self._settings.methods(problem.setting)
+        steps = [(method.step(step), own) for method, own in variants if method is not None]
         cost = problem_cost(steps, problem_load(problem), self.budgets)
         return msgspec.structs.replace(
             problem,

@@ -93,8 +93,8 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     )
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
+    problems = add_statistics(problems, stages, builder, inputs, recipe, storage, warnings)
     if not variants:
-        problems = add_statistics(problems, stages, builder, inputs, recipe, storage, warnings)
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
     check_fit([*stages.problems, *problems], builder.settings.settings, budgets)

@@ -92,9 +92,9 @@ def estimate_seconds(plan: Plan, rates: Rates, slots: int) -> PlanEstimate | Non
 def shard_seconds(plan: Plan, shard: Shard, rates: Rates) -> StageSeconds | None:
     """Estimate one shard; None as for :func:`estimate_seconds`."""
     sizes = Counter[str]()
-    for problem in shard.problems:
-        for source in problem.sources:
-            sizes[storage_kind(plan.files[source.file].uri)] += source.num_bytes
+    given = {source for problem in shard.problems for source in problem.given}
+    for source in (*given, *(s for problem in shard.problems for s in problem.sources)):
+        sizes[storage_kind(plan.files[source.file].uri)] += source.num_bytes
     target = storage_kind(plan.output_uri)
     if target not in rates.written or any(kind not in rates.read for kind in sizes):
         return None

@@ -170,13 +170,22 @@ class VariantSettings:
     def refuse_passes(self) -> None:
         """Refuse methods that look at other tensors first.
 
-        The variants of a sweep share one pass, and slices have experts of their own.
+        The variants of a sweep share one pass, and slices have experts of their own. Methods that
+        look at samples share what is measured if all look at the same.
 
         Raises:
             RecipeError: ``incompatible_options``, with a fault for each such variant.
         """
         faults = []
+        first = self._variants[0]
         for variant, table in zip(self._variants, self._tables, strict=True):
+            if variant.method.calibrated.keys() != first.method.calibrated.keys():
+                detail = (
+                    f"{variant.method.name} and {first.method.name} do not look at the same of what"
+                    " goes through the experts, which variants share. Submit them as two merges."
+                )
+                faults.append(Fault(variant.pointer, "incompatible_options", detail))
+                continue
             if any(map(_takes_passes, table.settings, map(table.parameters, itertools.count()))):
                 detail = (
                     f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
@@ -218,6 +227,6 @@ def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
     if method is None or method.staged is None:
-        return method is not None and bool(method.calibrated)
+        return False
     experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]
     return method.staged.group(parameters, experts) is not None

@@ -193,6 +193,27 @@ def test_the_order_of_shards_does_not_show(tmp_path: Path) -> None:
     assert weight_bytes(tmp_path / "two") == weight_bytes(tmp_path / "one")
 
 
+def test_variants_of_a_sweep_share_the_runs(tmp_path: Path) -> None:
+    models = write_models(tmp_path / "models", "llama", 2)
+    variants = [{"scale": 1.0}, {"scale": 0.5}, {"solver": "pinv", "rtol": 1e-3}]
+    document = calibrated_recipe(models)
+    swept = {
+        **document,
+        "sweep": [{"name": f"v{n}", "parameters": own} for n, own in enumerate(variants)],
+    }
+    plan = plan_of(swept, tmp_path / "swept")
+    report = run_plan(plan, open_storage())
+    assert report["bytes_read"] == plan.totals.bytes_read
+    for number, parameters in enumerate(variants):
+        alone = plan_of({**document, "parameters": parameters}, tmp_path / f"alone-{number}")
+        assert alone.totals.bytes_read == plan.totals.bytes_read
+        assert len(statistics_shards(alone)) == len(statistics_shards(plan))
+        run_plan(alone, open_storage())
+        assert weight_bytes(tmp_path / "swept" / f"v{number}") == weight_bytes(
+            tmp_path / f"alone-{number}"
+        )
+
+
 def write_tokenizer(folder: Path, vocab: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from merging.options import MergeOptions
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, Source
 from merging.plan.planner import make_plan
 from merging.plan.summary import plan_summary
 from merging.plan.timing import estimate_seconds, shard_seconds
@@ -113,6 +113,20 @@ def test_float64_takes_twice_as_long() -> None:
     assert single is not None
     assert double is not None
     assert double.solve == pytest.approx(2 * single.solve, rel=1e-3)
+
+
+def test_what_a_shard_is_given_is_read_too() -> None:
+    found = plan()
+    [shard] = found.shards
+    problem, *others = shard.problems
+    given = (Source(0, 8, 1008, "U8"), Source(0, 8, 1008, "U8"))
+    more = msgspec.structs.replace(
+        shard, problems=(msgspec.structs.replace(problem, given=given), *others)
+    )
+    before, after = shard_seconds(found, shard, RATES), shard_seconds(found, more, RATES)
+    assert before is not None
+    assert after is not None
+    assert after.read - before.read == pytest.approx(1000 / 1e6)
 
 
 @pytest.mark.parametrize("unknown", ["read", "written"])
