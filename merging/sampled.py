@@ -1,13 +1,14 @@
 """Methods that look at samples (docs/calibration.md): what their declarations have in common.
 
 A method declares a step for linear layers (:data:`LINEAR`), and one for the scales of norms
-(:data:`NORM`) if it has a rule for them. A step gets, for every expert in order, its tensor and
-what was measured there, one at a time and both flat; ``task.shape`` has the tensor's shape. What is
+(:data:`NORM`) if it has a rule for them. These get, for every expert in order, its tensor and what
+was measured there, one at a time and both flat; ``task.shape`` has the tensor's shape. What is
 measured at a linear layer of width I are the rows of its inputs: their Gram matrix (I×I) or, where
 there can only be fewer than I, the rows themselves and zeros. At a norm these are the sums of
 squares of its normalised inputs. Behind either stands the number of rows.
 
-Tensors without statistics are merged by the method's own function.
+Nothing is measured at biases: a step for them (:data:`BIAS`) gets the experts alone, whole. Other
+tensors are merged by the method's own function.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from merging.method import Cost, Geometry
 
 LINEAR = "linear"
 NORM = "norm"
+BIAS = "bias"
 _FLOAT_BYTES = 4
 
 

@@ -37,7 +37,7 @@ from merging.plan.statistics_work import (
 )
 from merging.recipe import Recipe
 from merging.recipe.calibration import join_calibration
-from merging.sampled import LINEAR, NORM
+from merging.sampled import BIAS, LINEAR, NORM
 from merging.storage.base import Storage
 
 _BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
@@ -102,6 +102,8 @@ def _with_statistics(
     problem: Problem, step: str, found: Sequence[Mapping[str, Source]], stages: Intermediates
 ) -> Problem:
     """The problem as a step that reads, of every expert, its tensor and then its statistic."""
+    if step == BIAS:
+        return stages.of_step(problem, step)
     alternating = tuple(
         source
         for expert, statistics in zip(problem.experts, found, strict=True)
@@ -116,14 +118,23 @@ def _wanted(
     """Tensors that a step of the method merges, with its name."""
     wanted = {}
     for problem in problems:
-        if stages.method(problem) is not method or not problem.tensor_name.endswith(".weight"):
-            continue
-        if problem.role == "norm" and len(problem.shape) == 1:
-            if NORM in method.calibrated:
-                wanted[problem.tensor_name] = NORM
-        elif len(problem.shape) == 2 and problem.role.startswith(_LINEAR):
-            wanted[problem.tensor_name] = LINEAR
+        if stages.method(problem) is method:
+            step = _step(problem)
+            if step in method.calibrated:
+                wanted[problem.tensor_name] = step
     return wanted
+
+
+def _step(problem: Problem) -> str:
+    """The step for a tensor, if the method has it; "" for one without a rule."""
+    is_weight = problem.tensor_name.endswith(".weight")
+    if problem.role == "bias" and len(problem.shape) == 1:
+        return BIAS
+    if is_weight and problem.role == "norm" and len(problem.shape) == 1:
+        return NORM
+    if is_weight and len(problem.shape) == 2 and problem.role.startswith(_LINEAR):
+        return LINEAR
+    return ""
 
 
 class _Chain:
@@ -256,7 +267,7 @@ class _Chain:
         rows = self._hidden_shape[0] * self._hidden_shape[1]
         for entry in entries:
             step = self._wanted.get(entry.name)
-            if step is None:
+            if step is None or step == BIAS:
                 continue
             role = role_of(self._index, entry)
             module = entry.name.removesuffix(".weight")

@@ -27,6 +27,7 @@ SYMMETRIC = [name for name in METHODS if all_methods()[name].symmetric]
 TURNS = "goes part of the way"
 DROPS = "drops entries that are small in themselves"
 NOT_THE_EXPERT = {
+    "cat": "adds a share of the updates",
     "slerp": TURNS,
     "nearswap": TURNS,
     "arcee_fusion": TURNS,
