@@ -122,9 +122,9 @@ class _StatisticsRun:
     def _results(
         self, tokens: torch.Tensor, left: torch.Tensor | None, runner: _BlockRunner
     ) -> list[torch.Tensor]:
-        results = [tokens] if self._work.block < 0 else []
+        results = []
         if left is not None:
-            results.append(left)
+            results = [tokens, left] if self._work.block < 0 else [left]
         results += [meter.result().cpu() for meter in runner.meters]
         for problem, result in zip(self._shard.shard.problems, results, strict=True):
             if result.is_floating_point():
@@ -246,7 +246,7 @@ class _BlockRunner:
                     code="config_invalid",
                     context={"uri": self._work.uri},
                 )
-            if not self._work.is_last:
+            if self._work.leaves:
                 left = self._left.float() * mask.unsqueeze(-1)
                 if made is None:
                     made = torch.zeros(*tokens.shape, left.shape[-1])

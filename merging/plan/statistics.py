@@ -1,58 +1,29 @@
 """Statistics of what goes through the experts: the shards that come before a calibrated merge.
 
-For each expert there is a chain of shards. The first turns the samples into tokens and runs what
-stands before the model's blocks; each of the others runs one block. A shard reads the weights of
-its block and what the one before it left, the hidden states of all samples, and leaves those for
-the next one beside its statistics. So a worker holds one block and the activations, whatever the
+For each expert there is a chain of shards, one for each of its blocks
+(:mod:`merging.plan.expert_chain`). So a worker holds one block and the activations, whatever the
 model's size, and work that stopped goes on at a block. The chains of experts are independent.
-
-Shapes are known from the recipe and from headers: a sample has ``length`` places, those that are
-padding hold zeros in hidden states and -1 in tokens.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from merging.checkpoint.index import TensorEntry
-from merging.dtypes import is_float
 from merging.errors import RecipeError
 from merging.method import MergeMethod
-from merging.plan.inputs import Expert, Inputs
+from merging.plan.expert_chain import ExpertChain
+from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
-from merging.plan.plan import STATISTICS, Problem, Setting, Source, SourceFile
+from merging.plan.plan import Problem, Source
 from merging.plan.problems import ProblemBuilder
-from merging.plan.runnable import architecture, hidden_width, role_of, stacks_of, unfit
-from merging.plan.samples import read_samples
-from merging.plan.statistics_work import (
-    HIDDEN,
-    IDS,
-    Measure,
-    SampleWork,
-    StatisticsWork,
-    Weight,
-)
+from merging.plan.runnable import unfit
 from merging.recipe import Recipe
-from merging.recipe.calibration import join_calibration
 from merging.sampled import BIAS, LINEAR, NORM
 from merging.storage.base import Storage
 
-_BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
 _LINEAR = ("attention.", "mlp.", "other", "projection")
-_SHARED_INPUT = {
-    "attention.q": "attention",
-    "attention.k": "attention",
-    "attention.v": "attention",
-    "mlp.gate": "mlp",
-    "mlp.up": "mlp",
-}
-"""Roles of layers that read the same: one statistic serves them (the worker checks it)."""
-_OTHER_COMPANIONS = re.compile(r"^generation_config|processor_config|^feature_extractor")
-"""Files beside the weights that no tokenizer needs."""
-_HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 
 
 def add_statistics(
@@ -86,16 +57,25 @@ def add_statistics(
     if faults:
         raise RecipeError(faults[0].detail, code=faults[0].code, faults=faults)
     wanted = _wanted(problems, inputs.method, stages)
-    found = [
-        _Chain(number, expert, wanted, stages, builder, recipe, storage, warnings).add()
+    chains = [
+        ExpertChain(number, expert, wanted, stages, builder, recipe, storage, warnings)
         for number, expert in enumerate(inputs.experts)
     ]
+    found = [_run(chain) for chain in chains]
     return [
         _with_statistics(problem, wanted[problem.tensor_name], found, stages)
         if problem.tensor_name in wanted
         else problem
         for problem in problems
     ]
+
+
+def _run(chain: ExpertChain) -> dict[str, Source]:
+    """Have an expert run from its first block to its last; where its statistics will be."""
+    found: dict[str, Source] = {}
+    for block in range(-1, chain.num_blocks):
+        found |= chain.run(block, leaves=block < chain.num_blocks - 1)
+    return found
 
 
 def _with_statistics(
@@ -135,209 +115,3 @@ def _step(problem: Problem) -> str:
     if is_weight and len(problem.shape) == 2 and problem.role.startswith(_LINEAR):
         return LINEAR
     return ""
-
-
-class _Chain:
-    """The shards of one expert."""
-
-    def __init__(
-        self,
-        number: int,
-        expert: Expert,
-        wanted: dict[str, str],
-        stages: Intermediates,
-        builder: ProblemBuilder,
-        recipe: Recipe,
-        storage: Storage,
-        warnings: list[str],
-    ) -> None:
-        self._number = number
-        self._index = expert.index
-        self._wanted = wanted
-        self._stages = stages
-        self._builder = builder
-        self._storage = storage
-        [(self._stack, blocks)] = stacks_of(expert.index).items()
-        self._num_blocks = max(blocks) + 1
-        own = recipe.models[expert.entry].calibration
-        settings = join_calibration(recipe.calibration, own)
-        assert settings is not None, "the recipe's reader sees to it"
-        pointer = f"/models/{expert.entry}/calibration" if "data" in own else "/calibration"
-        vocab = self._index.config.get("vocab_size")
-        self._samples = read_samples(
-            settings, storage, pointer, vocab_size=vocab if isinstance(vocab, int) else None
-        )
-        asked = settings.samples
-        if len(self._samples.items) < asked and "samples" in {*own, *recipe.calibration}:
-            warnings.append(
-                f"{self._index.uri} is run on {len(self._samples.items)} samples, of {asked} that"
-                " are asked for: there are no more."
-            )
-        width = hidden_width(self._index)
-        assert width is not None
-        self._hidden_shape = (len(self._samples.items), self._samples.length, width)
-        self._parts = self._split()
-
-    def add(self) -> dict[str, Source]:
-        """Add the shards; where the statistics will be, by the names of tensors."""
-        found: dict[str, Source] = {}
-        given: tuple[Source, ...] = ()
-        tokens: Source | None = None
-        for block in range(-1, self._num_blocks):
-            places, made = self._write(block, given)
-            for name, statistic in made.items():
-                found[name] = places[statistic]
-            tokens = tokens or places[IDS]
-            if HIDDEN in places:
-                given = (tokens, places[HIDDEN])
-        return found
-
-    def _split(self) -> dict[int, list[TensorEntry]]:
-        """Tensors by the block whose shard reads them; -1 is what stands before the blocks."""
-        parts: dict[int, list[TensorEntry]] = {n: [] for n in range(-1, self._num_blocks)}
-        for entry in self._index.tensors.values():
-            role = role_of(self._index, entry)
-            if not is_float(entry.dtype):
-                continue
-            if role.layer >= 0:
-                parts[role.layer].append(entry)
-            elif role.kind in _BEFORE_BLOCKS or "embed" in entry.name:
-                parts[-1].append(entry)
-            elif role.kind != "head" and not self._is_of_head(entry):
-                parts[self._num_blocks - 1].append(entry)
-        return parts
-
-    def _is_of_head(self, entry: TensorEntry) -> bool:
-        """A bias beside a head's weight."""
-        weight = self._index.tensors.get(entry.name.removesuffix("bias") + "weight")
-        return weight is not None and role_of(self._index, weight).kind == "head"
-
-    def _write(
-        self, block: int, before: tuple[Source, ...]
-    ) -> tuple[dict[str, Source], dict[str, str]]:
-        """Add one shard: where its results will be, and which of them is for which tensor."""
-        entries = self._parts[block]
-        is_last = block == self._num_blocks - 1
-        measures, made = self._measures(entries)
-        shapes: list[tuple[str, tuple[int, ...], str]] = []
-        if block < 0:
-            shapes.append((IDS, self._hidden_shape[:2], "I32"))
-        if not is_last:
-            shapes.append((HIDDEN, self._hidden_shape, "F32"))
-        shapes += [(m.modules[0], (self._entries(m) + 1,), "F32") for m in measures]
-        if not shapes:
-            return {}, {}
-        sample_work, files = self._sample_files() if block < 0 else (None, ())
-        work = StatisticsWork(
-            uri=self._index.uri,
-            config=self._index.config,
-            architecture=architecture(self._index),
-            stack=self._stack,
-            block=block,
-            is_last=is_last,
-            weights=tuple(Weight(entry.name, entry.shape) for entry in entries),
-            measures=tuple(measures),
-            num_samples=self._hidden_shape[0],
-            length=self._hidden_shape[1],
-            batch=min(self._samples.settings.batch, self._hidden_shape[0]),
-            sample_digest=self._samples.digest,
-            samples=sample_work,
-        )
-        setting = self._builder.settings.add(Setting(STATISTICS, msgspec.to_builtins(work)))
-        weights = tuple(self._builder.source(self._index, entry, entry.name) for entry in entries)
-        problems = [
-            Problem(name, shape, dtype, setting, base=None, experts=(), layer=block)
-            for name, shape, dtype in shapes
-        ]
-        memory = self._memory(work, weights)
-        problems[0] = msgspec.structs.replace(
-            problems[0],
-            given=(*before, *files, *weights),
-            flops=self._flops(work),
-            host_bytes=memory,
-            device_bytes=memory,
-        )
-        name = f"statistics-{self._number + 1:05d}-{block + 1:05d}.safetensors"
-        return self._stages.write_file(problems, name), made
-
-    def _measures(self, entries: Sequence[TensorEntry]) -> tuple[list[Measure], dict[str, str]]:
-        """What is measured among these tensors, and under which name for each of them."""
-        modules: dict[tuple[str, ...], list[str]] = {}
-        kinds: dict[tuple[str, ...], tuple[str, int]] = {}
-        rows = self._hidden_shape[0] * self._hidden_shape[1]
-        for entry in entries:
-            step = self._wanted.get(entry.name)
-            if step is None or step == BIAS:
-                continue
-            role = role_of(self._index, entry)
-            module = entry.name.removesuffix(".weight")
-            width = entry.shape[0] if role.transposed or step == NORM else entry.shape[1]
-            kind = "norm" if step == NORM else "rows" if rows < width else "gram"
-            key: tuple[str, ...] = (module,)
-            if step == LINEAR and role.kind in _SHARED_INPUT:
-                key = (module.rpartition(".")[0], _SHARED_INPUT[role.kind], str(width))
-            modules.setdefault(key, []).append(module)
-            kinds[key] = (kind, width)
-        measures = [Measure(*kinds[key], tuple(names)) for key, names in modules.items()]
-        made = {f"{m}.weight": names[0] for names in modules.values() for m in names}
-        return measures, made
-
-    def _entries(self, measure: Measure) -> int:
-        if measure.kind == "gram":
-            return measure.width**2
-        if measure.kind == "rows":
-            return self._hidden_shape[0] * self._hidden_shape[1] * measure.width
-        return measure.width
-
-    def _sample_files(self) -> tuple[SampleWork, tuple[Source, ...]]:
-        """What the first shard needs to know of the samples, and the files that it reads."""
-        samples = self._samples
-        sources = []
-        if samples.file is not None:
-            sources.append(self._whole_file(samples.file.uri))
-        names: tuple[str, ...] = ()
-        if samples.needs_tokenizer:
-            found = sorted(self._index.companions)
-            names = tuple(name for name in found if not _OTHER_COMPANIONS.search(name))
-        if samples.needs_tokenizer and all("chat_template" in name for name in names):
-            detail = f"{self._index.uri} has no tokenizer; give token ids instead of texts."
-            raise RecipeError(detail, code="incompatible_options")
-        sources += [self._whole_file(f"{self._index.uri}/{name}") for name in names]
-        work = SampleWork(
-            settings=samples.settings.model_dump(mode="json"),
-            items=None if samples.file else samples.items,
-            uri=samples.file.uri if samples.file else "",
-            tokenizer=names,
-        )
-        return work, tuple(sources)
-
-    def _whole_file(self, uri: str) -> Source:
-        stat = self._storage.stat(uri)
-        self._builder.files.append(SourceFile(stat.uri, stat.size, stat.version))
-        return Source(len(self._builder.files) - 1, 0, stat.size, "U8")
-
-    def _memory(self, work: StatisticsWork, weights: Sequence[Source]) -> int:
-        """Host bytes: the block in float32 and one tensor as stored, activations, statistics."""
-        entries = sum(_product(weight.shape) for weight in work.weights)
-        stored = max((source.num_bytes for source in weights), default=0)
-        statistics = sum((12 if m.kind == "gram" else 4) * self._entries(m) for m in work.measures)
-        widest = max((max(w.shape) for w in work.weights if len(w.shape) == 2 and work.block >= 0),
-                     default=self._hidden_shape[2])  # fmt: skip
-        config = self._index.config
-        heads = next((config[key] for key in _HEAD_KEYS if isinstance(config.get(key), int)), 16)
-        tokens = work.batch * work.length
-        running = 4 * tokens * (8 * widest + 3 * heads * work.length)
-        return 4 * entries + stored + 2 * 4 * _product(self._hidden_shape) + statistics + running
-
-    def _flops(self, work: StatisticsWork) -> float:
-        tokens = work.num_samples * work.length
-        through = sum(2.0 * tokens * _product(weight.shape) for weight in work.weights)
-        squares = sum(2.0 * tokens * m.width**2 for m in work.measures if m.kind == "gram")
-        return squares + (through if work.block >= 0 else 0.0)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -62,6 +62,7 @@ class StatisticsWork(msgspec.Struct, frozen=True):
         stack: Name of the list of blocks.
         block: Which one; -1 for what stands before them.
         is_last: What stands behind the blocks is run too.
+        leaves: Hidden states behind it are left, and by the first shard the tokens.
         weights: To be read.
         measures: In the order of the results behind tokens and hidden states.
         num_samples: How many.
@@ -77,6 +78,7 @@ class StatisticsWork(msgspec.Struct, frozen=True):
     stack: str
     block: int
     is_last: bool
+    leaves: bool
     weights: tuple[Weight, ...]
     measures: tuple[Measure, ...]
     num_samples: int
