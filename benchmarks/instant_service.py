@@ -1,13 +1,16 @@
-"""API and runner in one process, with a stub in the place of workers: for ``benchmarks.service``.
+"""API or runner as a process, with a stub in the place of workers: for ``benchmarks.service``.
 
-``python -m benchmarks.instant_service FOLDER`` prints its address and a token as one line of JSON.
+``python -m benchmarks.instant_service FOLDER DATABASE api`` prints its address and a token as one
+line of JSON; with ``runner`` it prints a line once it claims jobs.
 """
 
 from __future__ import annotations
 
 import collections
 import json
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from merging.storage.router import open_storage
 from service.app import create_app
 from service.auth import Scope
 from service.jobs.sql_store import open_store
+from service.jobs.store import JobStore
 from service.logs import configure_logging
 from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
@@ -87,31 +91,40 @@ class InstantPool:
         return receipt
 
 
-def main(folder: Path) -> None:
-    """Serve until SIGTERM."""
-    configure_logging(as_json=True)
-    roots = (str(folder),)
-    settings = load_settings(data_dir=folder / "data", storage_roots=roots, pool="local")
-    settings.data_dir.mkdir()
-    store = open_store(settings.effective_database_url)
+def _serve(folder: Path, store: JobStore, storage: Storage) -> None:
+    settings = load_settings(data_dir=folder / "data", storage_roots=(str(folder),), pool="local")
     _, token = store.create_token("benchmark", [Scope.ADMIN])
-    storage = open_storage(roots)
+    server = Server(create_app(settings, store, storage=storage))
+    listener = bind("127.0.0.1", 0)
+    print(json.dumps({"url": address_of(listener), "token": token}), flush=True)
+    server.run(sockets=[listener])
+
+
+def _run_jobs(folder: Path, store: JobStore, storage: Storage) -> None:
     runner = Runner(
         store,
         lambda: storage,
         InstantPool(storage),
-        RunnerSettings(storage_roots=roots, device="cpu", max_concurrent_jobs=_SLOTS),
+        RunnerSettings(storage_roots=(str(folder),), device="cpu", max_concurrent_jobs=_SLOTS),
     )
-    server = Server(create_app(settings, store, storage=storage))
-    listener = bind("127.0.0.1", 0)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
     runner.start()
-    print(json.dumps({"url": address_of(listener), "token": token}), flush=True)
+    print("ready", flush=True)
+    ended.wait()
+    runner.stop(drain=False)
+
+
+def main(folder: Path, database: str, part: str) -> None:
+    """Be one of the two until SIGTERM."""
+    configure_logging(as_json=True)
+    (folder / "data").mkdir(exist_ok=True)
+    store, storage = open_store(database), open_storage((str(folder),))
     try:
-        server.run(sockets=[listener])
+        (_serve if part == "api" else _run_jobs)(folder, store, storage)
     finally:
-        runner.stop(drain=False)
         store.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

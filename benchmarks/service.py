@@ -1,8 +1,8 @@
 """The service under many jobs, readers and watchers; shards are a stub's, and take no time.
 
-Jobs are submitted by a few clients without a pause. Meanwhile readers ask at a fixed rate, whatever
-the answers take (a late answer counts from when it was due), and watchers follow one job after
-another as event streams. The server is one process (API and runner), the load is this one.
+One process is the API, one the runner, and this one the load: jobs are submitted and things are
+read at fixed rates, whatever the answers take (a late answer counts from when it was due), and
+watchers follow one job after another as event streams. A line says every few seconds how it goes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,22 @@ _READS = (
     ("/v1/jobs/counts", 5),
 )
 _SAMPLE_SECONDS = 5.0
+_ENDED = ("succeeded", "failed", "cancelled")
+_COLUMNS = {
+    "seconds": 0,
+    "jobs_done": 0,
+    "jobs_per_second": 1,
+    "reads_per_second": 1,
+    "p50_ms": 1,
+    "p99_ms": 1,
+    "events_per_second": 0,
+    "streams_per_second": 0,
+    "api_cpu": 2,
+    "runner_cpu": 2,
+    "api_mb": 1,
+    "runner_mb": 1,
+}
+"""Of the lines that are printed, with their digits; ``cpu`` is in cores."""
 
 
 @dataclass
@@ -45,42 +63,49 @@ class Load:
 
     Attributes:
         session: Connections to the service.
-        inputs: Addresses of two checkpoints.
-        outputs: Folder of the merged ones.
+        folder: With two checkpoints; merged ones go there too.
+        chosen: How much of everything.
         ids: Of the jobs that were accepted.
         latencies: By kind of request.
-        events: How many watchers received.
-        memory: Of the server: time, resident MB, jobs that were done.
+        lately: Of reads, since this was last emptied.
+        streams: Event streams that were opened.
+        events: That watchers received.
     """
 
     session: aiohttp.ClientSession
-    inputs: list[str]
-    outputs: Path
+    folder: Path
+    chosen: argparse.Namespace
     ids: list[str] = field(default_factory=list)
     latencies: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    lately: list[float] = field(default_factory=list)
     failures: int = 0
+    streams: int = 0
     events: int = 0
-    memory: list[tuple[float, float, int]] = field(default_factory=list)
 
-    async def submit(self, numbers: Any) -> None:
-        """Jobs, one after the other."""
-        for number in numbers:
-            recipe = {"merge_method": "linear", "models": [{"model": uri} for uri in self.inputs]}
-            body = {"recipe": recipe, "output_uri": str(self.outputs / str(number))}
-            begin = time.perf_counter()
-            async with self.session.post("/v1/jobs", json=body) as answer:
-                answer.raise_for_status()
-                self.ids.append((await answer.json())["id"])
-            self.latencies["submit"].append(time.perf_counter() - begin)
-
-    async def read(self, per_second: float) -> None:
-        """Requests at a fixed rate, until cancelled."""
-        routes, weights = zip(*_READS, strict=True)
-        due = time.perf_counter()
+    async def submit(self) -> None:
+        """All jobs, at their rate."""
         async with asyncio.TaskGroup() as group:
-            while True:
-                due += 1 / per_second
-                await asyncio.sleep(max(due - time.perf_counter(), 0))
+            async for number, due in _at_rate(self.chosen.jobs_per_second):
+                if number == self.chosen.jobs:
+                    return
+                group.create_task(self._submit_one(number, due))
+
+    async def _submit_one(self, number: int, due: float) -> None:
+        models = [{"model": str(self.folder / name)} for name in "ab"]
+        body = {
+            "recipe": {"merge_method": "linear", "models": models},
+            "output_uri": str(self.folder / "outputs" / str(number)),
+        }
+        async with self.session.post("/v1/jobs", json=body) as answer:
+            answer.raise_for_status()
+            self.ids.append((await answer.json())["id"])
+        self.latencies["submit"].append(time.perf_counter() - due)
+
+    async def read(self) -> None:
+        """Requests at their rate, until cancelled."""
+        routes, weights = zip(*_READS, strict=True)
+        async with asyncio.TaskGroup() as group:
+            async for _, due in _at_rate(self.chosen.reads_per_second):
                 if self.ids:
                     (route,) = random.choices(routes, weights)
                     group.create_task(self._read_one(route, due))
@@ -90,7 +115,9 @@ class Load:
         async with self.session.get(path) as answer:
             await answer.read()
             self.failures += answer.status != 200
-        self.latencies[route].append(time.perf_counter() - due)
+        taken = time.perf_counter() - due
+        self.latencies[route].append(taken)
+        self.lately.append(taken)
 
     async def watch(self) -> None:
         """Follow the newest job to its end, then the newest then, until cancelled."""
@@ -103,72 +130,136 @@ class Load:
             last = self.ids[-1]
             path = f"/v1/jobs/{last}/events"
             async with self.session.get(path, headers=headers) as stream:
+                self.streams += 1
                 async for line in stream.content:
                     self.events += line.startswith(b"data:")
 
-    async def sample(self, server: psutil.Process, num_jobs: int) -> None:
-        """Note the server's memory now and then, until all jobs are done."""
-        begin, done = time.perf_counter(), 0
-        while done < num_jobs:
+    async def jobs_done(self) -> int:
+        """Jobs that have ended."""
+        async with self.session.get("/v1/jobs/counts") as answer:
+            counts = (await answer.json())["counts"]
+        return sum(counts[state] for state in _ENDED)
+
+
+async def _at_rate(per_second: float) -> AsyncIterator[tuple[int, float]]:
+    """Numbers from 0, each with the time at which it is due, and then."""
+    begin = time.perf_counter()
+    number = 0
+    while per_second > 0:
+        due = begin + number / per_second
+        await asyncio.sleep(max(due - time.perf_counter(), 0))
+        yield number, due
+        number += 1
+
+
+class Observer:
+    """Says how it goes, and keeps what it said in ``samples``.
+
+    Args:
+        load: What is being done.
+        parts: The service's processes, by name.
+    """
+
+    def __init__(self, load: Load, parts: dict[str, psutil.Process]) -> None:
+        self.samples: list[dict[str, float]] = []
+        self._load = load
+        self._parts = parts
+        self._begin = time.perf_counter()
+        self._first = self._last = self._totals(0)
+        print("  ".join(_COLUMNS), flush=True)
+
+    async def watch(self, jobs: int, seconds: float) -> bool:
+        """Look on until so many jobs are done (True), or time is up (False)."""
+        done = 0
+        while done < jobs and self._last["seconds"] < seconds:
             await asyncio.sleep(_SAMPLE_SECONDS)
-            async with self.session.get("/v1/jobs/counts") as answer:
-                counts = (await answer.json())["counts"]
-            done = sum(counts[state] for state in ("succeeded", "failed", "cancelled"))
-            elapsed, resident = time.perf_counter() - begin, server.memory_info().rss / 1e6
-            self.memory.append((round(elapsed, 1), round(resident, 1), done))
-            print(f"{elapsed:7.0f} s {len(self.ids):7} accepted {done:7} done {resident:7.0f} MB")
+            done = await self._load.jobs_done()
+            self._tell(self._totals(done))
+        return done >= jobs
+
+    def summary(self) -> dict[str, float]:
+        """Figures of the whole time."""
+        return _rates(self._first, self._last)
+
+    def _totals(self, done: int) -> dict[str, float]:
+        """What has come together so far."""
+        load = self._load
+        cpu = {f"{name}_cpu": sum(part.cpu_times()[:2]) for name, part in self._parts.items()}
+        return {
+            "seconds": time.perf_counter() - self._begin,
+            "jobs": done,
+            "reads": sum(len(load.latencies[route]) for route, _ in _READS),
+            "events": load.events,
+            "streams": load.streams,
+            **cpu,
+        }
+
+    def _tell(self, now: dict[str, float]) -> None:
+        found = {
+            "seconds": now["seconds"],
+            "jobs_done": now["jobs"],
+            **_rates(self._last, now),
+            **_percentiles(self._load.lately),
+            **{f"{name}_mb": part.memory_info().rss / 1e6 for name, part in self._parts.items()},
+        }
+        self._last = now
+        self._load.lately.clear()
+        self.samples.append({name: round(found[name], 2) for name in _COLUMNS})
+        texts = (f"{found[name]:{len(name)}.{digits}f}" for name, digits in _COLUMNS.items())
+        print("  ".join(texts), flush=True)
 
 
-async def run(chosen: argparse.Namespace, folder: Path, server: psutil.Process) -> dict[str, Any]:
+def _rates(first: dict[str, float], last: dict[str, float]) -> dict[str, float]:
+    span = last["seconds"] - first["seconds"]
+    each = {name: (last[name] - first[name]) / span for name in last if name != "seconds"}
+    return {name if "cpu" in name else f"{name}_per_second": each[name] for name in each}
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return dict.fromkeys(("p50_ms", "p99_ms", "max_ms"), 0.0)
+    values = np.percentile(seconds, [50, 99, 100]) * 1e3
+    return dict(zip(("p50_ms", "p99_ms", "max_ms"), values.round(1).tolist(), strict=True))
+
+
+async def run(
+    chosen: argparse.Namespace, folder: Path, access: dict[str, str], parts: dict[str, Any]
+) -> dict[str, Any]:
     """Put the load on a started service; the figures."""
-    start = json.loads((folder / "address").read_text())
-    headers = {"Authorization": f"Bearer {start['token']}"}
+    headers = {"Authorization": f"Bearer {access['token']}"}
     # Idle connections go before the server closes them (after 5 s), which a request may cross.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
-        start["url"], headers=headers, connector=connector, timeout=timeout
+        access["url"], headers=headers, connector=connector, timeout=timeout
     ) as session:
-        load = Load(session, [str(folder / name) for name in "ab"], folder / "outputs")
-        begin, cpu = time.perf_counter(), sum(server.cpu_times()[:2])
-        others = [asyncio.create_task(load.read(chosen.reads_per_second))]
-        others += [asyncio.create_task(load.watch()) for _ in range(chosen.watchers)]
+        load = Load(session, folder, chosen)
+        observer = Observer(load, parts)
         async with asyncio.TaskGroup() as group:
-            for first in range(chosen.submitters):
-                group.create_task(load.submit(range(first, chosen.jobs, chosen.submitters)))
-        submitted = time.perf_counter() - begin
-        await load.sample(server, chosen.jobs)
-        elapsed, cpu = time.perf_counter() - begin, sum(server.cpu_times()[:2]) - cpu
-        for other in others:
-            other.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-    return _figures(load, submitted, elapsed, cpu)
+            tasks = [group.create_task(work) for work in (load.submit(), load.read())]
+            tasks += [group.create_task(load.watch()) for _ in range(chosen.watchers)]
+            is_whole = await observer.watch(chosen.jobs, chosen.seconds)
+            for task in tasks:
+                task.cancel()
+    return _figures(load, observer, is_whole=is_whole)
 
 
-def _figures(load: Load, submitted: float, elapsed: float, cpu: float) -> dict[str, Any]:
+def _figures(load: Load, observer: Observer, *, is_whole: bool) -> dict[str, Any]:
     reads = [value for route, _ in _READS for value in load.latencies[route]]
+    done = observer.samples[-1]["jobs_done"]
     return {
         "shards": "stub: zeros, at once",
-        "seconds": {"submitting": round(submitted, 1), "until all were done": round(elapsed, 1)},
-        "jobs_per_second": round(len(load.ids) / elapsed, 1),
-        "submitted_per_second": round(len(load.ids) / submitted, 1),
-        "reads_per_second": round(len(reads) / elapsed, 1),
+        "ended": "all jobs were done" if is_whole else "time was up",
+        "jobs": {"asked": load.chosen.jobs, "accepted": len(load.ids), "done": int(done)},
+        "seconds": observer.samples[-1]["seconds"],
+        **{name: round(value, 3) for name, value in observer.summary().items()},
         "reads_failed": load.failures,
-        "events_per_second": round(load.events / elapsed, 1),
-        "milliseconds": {
-            "all reads": _percentiles(reads),
-            **{kind: _percentiles(values) for kind, values in sorted(load.latencies.items())},
-        },
-        "server_cpu_seconds_per_job": round(cpu / len(load.ids), 4),
-        "server_cpu_share": round(cpu / elapsed, 2),
-        "memory": [dict(zip(("seconds", "mb", "jobs_done"), x, strict=True)) for x in load.memory],
+        "all_reads": _percentiles(reads),
+        **{kind: _percentiles(values) for kind, values in sorted(load.latencies.items())},
         "load_average": os.getloadavg(),
+        "cores": os.cpu_count(),
+        "lines": observer.samples,
     }
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p50, p99, most = np.percentile(seconds, [50, 99, 100]) * 1e3
-    return {"p50": round(p50, 1), "p99": round(p99, 1), "max": round(most, 1)}
 
 
 def _write_checkpoints(folder: Path) -> None:
@@ -183,13 +274,30 @@ def _write_checkpoints(folder: Path) -> None:
         (folder / name / "config.json").write_text('{"model_type": "llama"}')
 
 
+@contextmanager
+def _part(folder: Path, database: str, name: str) -> Iterator[tuple[psutil.Process, str]]:
+    """A process of the service, and the line that it says when it is ready."""
+    command = [sys.executable, "-m", "benchmarks.instant_service", str(folder), database, name]
+    with (
+        (folder / f"{name}.log").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            yield psutil.Process(process.pid), process.stdout.readline()
+        finally:
+            process.terminate()
+
+
 def main(arguments: list[str]) -> None:
     """Start the service, put the load on it, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks service")
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--submitters", type=int, default=4, help="clients that submit")
+    parser.add_argument("--jobs-per-second", type=float, default=20)
     parser.add_argument("--watchers", type=int, default=200, help="event streams")
     parser.add_argument("--reads-per-second", type=float, default=200)
+    parser.add_argument("--seconds", type=float, default=900, help="end by then, done or not")
+    parser.add_argument("--database", default=None, help="address; default: SQLite in the folder")
     parser.add_argument("--folder", type=Path, default=None, help="default: memory, if there is")
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     chosen = parser.parse_args(arguments)
@@ -198,18 +306,14 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="mergeyard-load-", dir=place) as name:
         folder = Path(name)
         _write_checkpoints(folder)
-        command = [sys.executable, "-m", "benchmarks.instant_service", name]
+        database = chosen.database or f"sqlite:///{folder}/jobs.db"
         with (
-            (folder / "log").open("w") as log,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+            _part(folder, database, "api") as (api, access),
+            _part(folder, database, "runner") as (runner, _),
         ):
-            assert server.stdout is not None
-            try:
-                (folder / "address").write_text(server.stdout.readline())
-                figures = asyncio.run(run(chosen, folder, psutil.Process(server.pid)))
-            finally:
-                server.terminate()
-    print(json.dumps({key: figures[key] for key in figures if key != "memory"}, indent=2))
+            parts = {"api": api, "runner": runner}
+            figures = asyncio.run(run(chosen, folder, json.loads(access), parts))
+    print(json.dumps({key: figures[key] for key in figures if key != "lines"}, indent=2))
     if chosen.json is not None:
         write_record(chosen.json, torch.device("cpu"), figures)
 

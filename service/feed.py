@@ -1,38 +1,88 @@
-"""Waking those who wait for a job's events.
+"""Handing a job's events to those who wait for them.
 
-The table of events is the truth and every stream reads it at its own position: nothing is queued
-for a slow reader and nothing is lost by a quick restart. What is shared is the question whether
-there is anything new: one task asks the store, once for all watched jobs and clients that wait.
+The table of events is the truth: every stream has its own position in it, nothing is queued for a
+slow reader and nothing is lost by a quick restart. What is shared is the work. One task asks the
+store for what is new, once for all watched jobs and clients; the newest events of a watched job are
+kept, as they were read and as the text that streams send. Who wants older ones reads the table.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import cached_property
+from itertools import islice
 
+import msgspec
 import structlog
+from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from service.jobs.errors import StoreUnavailableError
+from service.jobs.records import EventRecord
 from service.jobs.store import JobQueue
 
 POLL_SECONDS = 0.3
 """How stale a stream may be; all of them together cost one small query in this time."""
 
+_PAGE = 500
+_KEPT = 200
+"""Newest events of a watched job: far more than come between two looks."""
+
+
+class SharedEvent:
+    """An event, and its text, which is made once for all who send it."""
+
+    def __init__(self, record: EventRecord) -> None:
+        self.record = record
+
+    @cached_property
+    def sse(self) -> bytes:
+        """As a server-sent event."""
+        record = self.record
+        data = msgspec.json.encode(record).decode()
+        return format_sse_event(data_str=data, event=record.type, id=str(record.seq))
+
 
 class Watch:
-    """What is known of one job's events; shared by all that wait for them."""
+    """The newest events of one job; shared by all that wait for more.
+
+    Attributes:
+        is_over: No more events will come.
+        reading: Held by whoever reads the table, so that others find what they were about to read.
+    """
 
     def __init__(self) -> None:
         self.is_over = False
-        self._last = 0
+        self.reading = asyncio.Lock()
+        self._events: deque[SharedEvent] = deque(maxlen=_KEPT)
+        self._last: int | None = None
         self._changed = asyncio.Event()
 
-    def note(self, last: int) -> None:
-        """The newest event has this ``seq``."""
-        if last > self._last:
-            self._last = last
+    @property
+    def position(self) -> int | None:
+        """``seq`` of the newest event that was read; None before anybody has read any."""
+        return self._last
+
+    def after(self, position: int) -> list[SharedEvent] | None:
+        """The events after a position, as far as they are known; None: some are no longer kept."""
+        if self._last is None or position < self._last - len(self._events):
+            return None
+        known = max(self._last - position, 0)
+        return list(islice(self._events, len(self._events) - known, None))
+
+    def take(self, after: int, events: Iterable[SharedEvent]) -> None:
+        """Note what the table has after a position; what is known already does not count."""
+        if self._last is None:
+            self._last = after
+        before = self._last
+        for event in events:
+            if event.record.seq == self._last + 1:
+                self._events.append(event)
+                self._last += 1
+        if self._last > before:
             self._wake()
 
     def end(self) -> None:
@@ -44,7 +94,7 @@ class Watch:
         """Wait for an event later than ``after``, or the end; False when the time was too short."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self._last <= after and not self.is_over:
+                while (self._last or 0) <= after and not self.is_over:
                     await self._changed.wait()
         except TimeoutError:
             return False
@@ -103,6 +153,24 @@ class EventFeed:
                 self._asking.cancel()
                 self._asking = None
 
+    async def read(self, job_id: str, watch: Watch, after: int) -> list[SharedEvent]:
+        """The events of a job after a position: what its watch has kept, or else from the table.
+
+        There may be more after those that are given, but none if none are.
+
+        Raises:
+            StoreUnavailableError: They cannot be read now.
+        """
+        async with watch.reading:
+            kept = watch.after(after)
+            if kept is not None:
+                return kept
+            found = await run_in_threadpool(self._store.events, job_id, after=after, limit=_PAGE)
+            page = [SharedEvent(event) for event in found]
+            if len(page) < _PAGE:
+                watch.take(after, page)
+            return page
+
     def close(self) -> None:
         """End all watches, those to come included: streams finish and clients go elsewhere."""
         self._is_closed = True
@@ -120,13 +188,18 @@ class EventFeed:
 
     async def _ask_once(self) -> None:
         watched = {job_id: watch for job_id, watch in self._watches.items() if not watch.is_over}
+        positions = {
+            job_id: watch.position
+            for job_id, watch in watched.items()
+            if watch.position is not None
+        }
         try:
-            found = await run_in_threadpool(self._store.last_events, list(watched))
+            found = await run_in_threadpool(self._store.new_events, positions, limit=_PAGE)
         except StoreUnavailableError as error:  # streams stay open until it is back
             self._log.warning("event_feed_waits", reason=error.detail)
             return
-        for job_id, watch in watched.items():
+        for job_id, position in positions.items():
             if job_id in found:
-                watch.note(found[job_id])
+                watched[job_id].take(position, map(SharedEvent, found[job_id]))
             else:
-                watch.end()
+                watched[job_id].end()

@@ -96,12 +96,10 @@ async def _stream(services: Services, job_id: str, after: int) -> AsyncIterator[
     retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - spreads load, protects nothing
     yield format_sse_event(retry=retry)
     try:
-        async with aclosing(follow_events(services, job_id, after)) as events:
-            async for event in events:
-                if event is None:  # so that proxies keep the connection
-                    yield format_sse_event(comment="still here")
-                    continue
-                data = event_object(event).model_dump_json()
-                yield format_sse_event(data_str=data, event=event.type, id=str(event.seq))
+        async with aclosing(follow_events(services, job_id, after)) as pages:
+            async for page in pages:  # an empty one: say so, that proxies keep the connection
+                yield b"".join(event.sse for event in page) or format_sse_event(
+                    comment="still here"
+                )
     except StoreUnavailableError:  # too late for a problem; the client resumes
         yield format_sse_event(comment="the job store does not answer")

@@ -77,8 +77,8 @@ def _bounds(start: str, end: str, size: int) -> tuple[int, int]:
 
 
 async def _grow(services: Services, job_id: str) -> AsyncIterator[bytes]:
-    async with aclosing(follow_events(services, job_id, 0)) as events:
+    async with aclosing(follow_events(services, job_id, 0)) as pages:
         with suppress(StoreUnavailableError):  # too late for a problem: the text ends here
-            async for event in events:
-                if event is not None:
-                    yield log_text(event).encode()
+            async for page in pages:
+                for event in page:
+                    yield log_text(event.record).encode()

@@ -286,12 +286,15 @@ class ShardCounts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EventRecord(msgspec.Struct, frozen=True):
-    """Something that happened to a job; ``seq`` counts from 1 per job without gaps."""
+    """Something that happened to a job; ``seq`` counts from 1 per job without gaps.
 
-    job_id: str
+    Its JSON is what the API shows (``service.api.objects.EventObject``).
+    """
+
     seq: int
     type: EventType
     time: datetime
+    job_id: str
     attempt: int
     data: dict[str, Any]
 

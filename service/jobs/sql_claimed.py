@@ -255,7 +255,7 @@ class ClaimedStatements(SqlBase):
         with self._write() as connection:
             job = self._change(connection, claim.job_id, {}, [(event, data)], claim=claim)
             now = self._now(connection)
-            return EventRecord(job.id, job.event_seq, event, now, job.attempt, dict(data))
+            return EventRecord(job.event_seq, event, now, job.id, job.attempt, dict(data))
 
 
 def _one_at_a_time(connection: sa.Connection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -117,20 +117,20 @@ class ReadStatements(SqlBase):
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """See :meth:`service.jobs.store.JobQueue.events`."""
-        query = (
-            sa.select(events)
-            .where(events.c.job_id == job_id, events.c.seq > after)
-            .order_by(events.c.seq)
-            .limit(limit)
-        )
         with self._read() as connection:
-            return [to_record(row, EventRecord) for row in connection.execute(query)]
+            return _events(connection, job_id, after, limit)
 
-    def last_events(self, job_ids: Collection[str]) -> dict[str, int]:
-        """See :meth:`service.jobs.store.JobQueue.last_events`."""
-        query = sa.select(jobs.c.id, jobs.c.event_seq).where(jobs.c.id.in_(job_ids))
+    def new_events(
+        self, positions: Mapping[str, int], *, limit: int = 1000
+    ) -> dict[str, list[EventRecord]]:
+        """See :meth:`service.jobs.store.JobQueue.new_events`."""
+        query = sa.select(jobs.c.id, jobs.c.event_seq).where(jobs.c.id.in_(positions))
         with self._read() as connection:
-            return {row.id: row.event_seq for row in connection.execute(query)}
+            found: dict[str, list[EventRecord]] = {}
+            for job_id, last in connection.execute(query):
+                after = positions[job_id]
+                found[job_id] = _events(connection, job_id, after, limit) if last > after else []
+            return found
 
     def load_plan(self, job_id: str) -> Plan | None:
         """See :meth:`service.jobs.store.JobQueue.load_plan`."""
@@ -149,6 +149,16 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             data: bytes | None = connection.execute(query).scalar_one_or_none()
         return None if data is None else unpack(data)
+
+
+def _events(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[EventRecord]:
+    query = (
+        sa.select(events)
+        .where(events.c.job_id == job_id, events.c.seq > after)
+        .order_by(events.c.seq)
+        .limit(limit)
+    )
+    return [to_record(row, EventRecord) for row in connection.execute(query)]
 
 
 def _conditions(job_filter: JobFilter) -> list[sa.ColumnElement[bool]]:

@@ -14,7 +14,7 @@ All methods are safe to call from many threads and raise
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -216,8 +216,13 @@ class JobQueue(Protocol):
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events with ``seq > after`` in order."""
 
-    def last_events(self, job_ids: Collection[str]) -> dict[str, int]:
-        """``seq`` of the newest event of each job; jobs that are not there are left out."""
+    def new_events(
+        self, positions: Mapping[str, int], *, limit: int = 1000
+    ) -> dict[str, list[EventRecord]]:
+        """Events of each job with ``seq`` after its position; jobs that are not there are left out.
+
+        ``limit`` is for each job.
+        """
 
     def load_plan(self, job_id: str) -> Plan | None:
         """The stored plan."""

@@ -437,6 +437,18 @@ def test_events_are_read_from_any_place_on(store: SqlJobStore) -> None:
     assert store.events(job.id, after=99) == []
 
 
+def test_what_is_new_of_many_jobs_is_asked_for_at_once(store: SqlJobStore) -> None:
+    one, other = (bring_to(store, JobState.FAILED)[0] for _ in "ab")
+    quiet, _ = bring_to(store, JobState.QUEUED)
+    positions = {one.id: 0, other.id: 2, quiet.id: 1, "job_of_nobody": 0}
+    assert store.new_events(positions) == {
+        one.id: store.events(one.id),
+        other.id: store.events(other.id, after=2),
+        quiet.id: [],
+    }
+    assert store.new_events(positions, limit=1)[one.id] == store.events(one.id, limit=1)
+
+
 def test_a_job_that_is_not_there_is_named(store: SqlJobStore) -> None:
     for call in (store.get, store.request_cancel, store.retry, store.delete):
         with pytest.raises(NotFoundError, match="job_none"):

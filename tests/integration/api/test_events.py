@@ -199,11 +199,49 @@ def test_a_stream_ends_in_good_order_when_the_store_is_away(
         return read(job_id, after=after, limit=limit)
 
     with monkeypatch.context() as patch:
+        patch.setattr("service.feed._PAGE", 2)
         patch.setattr(api.store, "events", fail_after_the_first)
         head = listen(api, job_id)
-    assert head == before
+    assert head == before[:2]
     finish(api, claim)
     assert head + listen(api, job_id, after=head[-1]["seq"]) == table(api, job_id)
+
+
+def test_a_stream_that_waits_outlasts_an_outage_of_the_store(
+    api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, claim = running(api)
+    before, is_away = table(api, job_id), threading.Event()
+
+    def be_away(*_: object, **__: object) -> None:
+        is_away.set()
+        raise StoreUnavailableError("away")
+
+    with stream(api, job_id) as response:
+        events = read_stream(response.iter_lines())
+        head = [next(events) for _ in before]
+        with monkeypatch.context() as patch:
+            patch.setattr(api.store, "new_events", be_away)
+            finish(api, claim)
+            assert is_away.wait(10)
+        assert head + list(events) == table(api, job_id)
+
+
+def test_a_client_far_behind_reads_the_table_while_others_share_what_is_new(
+    api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.feed._PAGE", 7)
+    monkeypatch.setattr("service.feed._KEPT", 3)  # so that new ones are gone before all are read
+    job_id, claim = running(api)
+    with stream(api, job_id) as response:
+        events = read_stream(response.iter_lines())
+        early = [next(events)]
+        warn(api, claim, 40)
+        late = listen(api, job_id, limit=30)
+        finish(api, claim)
+        early += events
+    assert early == table(api, job_id)
+    assert late == early[:30]
 
 
 def test_open_streams_are_counted_and_gone_when_clients_hang_up(api: LiveApi) -> None:
