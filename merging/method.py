@@ -397,6 +397,8 @@ class MergeMethod(Step):
         staged: How it merges in several passes, if it ever does.
         divided: How it divides a large layer over workers, if it can.
         calibrated: What it does with statistics of samples (:mod:`merging.sampled`), if anything.
+        sequential: These are of what comes out of the merged blocks before each block, and not out
+            of the expert's own: one block is merged after another.
         adapter_note: What someone who merges adapters with it should know; "" if nothing.
     """
 
@@ -418,6 +420,7 @@ class MergeMethod(Step):
     staged: Staged | None = None
     divided: Divided | None = None
     calibrated: Mapping[str, Step] = field(default_factory=dict)
+    sequential: bool = False
     adapter_note: str = ""
 
     def step(self, name: str) -> Step:

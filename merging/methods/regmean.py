@@ -32,8 +32,6 @@ from merging.sampled import LINEAR, features_cost, mean_cost
 if TYPE_CHECKING:
     import torch
 
-_RIDGE = 1e-7
-
 
 class RegMeanParameters(TouchParameters):
     """Recipe-level parameters."""
@@ -63,21 +61,11 @@ def merge_linear(
     base: torch.Tensor | None, inputs: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """The weight of a linear layer. Reports the samples' rows."""
-    from merging.ops.features import read_features, solve_ridge
+    from merging.ops.features import regression_mean
 
     del base
-    alpha = task.parameters.alpha
-
-    def shrink(H: torch.Tensor, count: int) -> torch.Tensor:
-        diagonal = H.diagonal().clone()
-        shrunk: torch.Tensor = H * alpha
-        shrunk.diagonal().copy_(diagonal)
-        return shrunk.div_(max(count, 1))
-
-    sums = read_features(inputs, task, treat=shrink)
-    merged = solve_ridge(sums, _RIDGE)
-    task.figures["rows"] = sums.rows
-    return merged.t() if task.transposed else merged
+    merged, task.figures["rows"] = regression_mean(inputs, task, task.parameters.alpha)
+    return merged
 
 
 register(

@@ -14,6 +14,8 @@ import torch
 from merging.ops.forms import MAX_DOUBLE_COLUMNS
 from merging.ops.precision import float32_products
 
+_REGRESSION_RIDGE = 1e-7
+
 
 @dataclass(slots=True)
 class FeatureSums:
@@ -132,6 +134,28 @@ def solve_pinv(sums: FeatureSums, rtol: float | None) -> torch.Tensor:
     with float32_products(sums.gram.device):
         inverse: torch.Tensor = torch.linalg.pinv(sums.gram, rtol=rtol)
         return sums.weighted @ inverse
+
+
+def regression_mean(
+    inputs: Iterator[torch.Tensor], layer: StoredLayer, alpha: float
+) -> tuple[torch.Tensor, list[int]]:
+    """RegMean's weights of a layer, as it is stored, and how many inputs of each expert say so.
+
+    Where the Gram matrices, of which all but the diagonals are scaled by ``alpha``, add up to a
+    singular one, the mean of the weights (by a ridge of 1e-7 of the mean eigenvalue).
+
+    Source: Jin et al., ICLR 2023, arXiv:2212.09849, eq. 3.
+    """
+
+    def shrink(H: torch.Tensor, count: int) -> torch.Tensor:
+        diagonal = H.diagonal().clone()
+        shrunk: torch.Tensor = H * alpha
+        shrunk.diagonal().copy_(diagonal)
+        return shrunk.div_(max(count, 1))
+
+    sums = read_features(inputs, layer, treat=shrink)
+    merged = solve_ridge(sums, _REGRESSION_RIDGE)
+    return (merged.t() if layer.transposed else merged), sums.rows
 
 
 def mean_update(

@@ -109,7 +109,12 @@ class ExpertChain:
         assert width is not None
         self._hidden_shape = (len(self._samples.items), self._samples.length, width)
         self._parts = self._split()
+        self._blocks = {e.name: block for block, own in self._parts.items() for e in own}
         self._given: tuple[Source, ...] = ()
+
+    def block_of(self, tensor_name: str) -> int:
+        """The block whose shard reads a tensor; the last one for what no shard reads."""
+        return self._blocks.get(tensor_name, self.num_blocks - 1)
 
     def run(
         self,

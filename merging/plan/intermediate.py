@@ -1,4 +1,4 @@
-"""The shards of a plan that make intermediate files, as they are added one stage after another."""
+"""The shards of a plan that make files for later ones, as they are added stage after stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from merging.dtypes import ITEM_SIZE
 from merging.method import Geometry, MergeMethod, get_method
 from merging.plan.cost import Budgets, problem_cost, problem_load
-from merging.plan.packing import intermediate_file, make_shard, pack, tensor_sources
+from merging.plan.packing import made_file, make_shard, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
 from merging.plan.variants import VariantSettings
 
@@ -26,7 +26,7 @@ class Intermediates:
         output_uri: Folder of the output.
 
     Attributes:
-        shards: What is to be done before the output's shards, in order.
+        shards: What is to be done before the rest of the output's shards, in order.
         budgets: What a worker may use.
     """
 
@@ -101,9 +101,22 @@ class Intermediates:
         shard = make_shard(len(self.shards), file_name, problems, kind="intermediate")
         return self._add(shard)
 
+    def write_output(self, problems: Sequence[Problem]) -> dict[str, Source]:
+        """Have these tensors of the output written before others; where each will be."""
+        first = len(self.shards)
+        places: dict[str, Source] = {}
+        for shard in pack(problems, self._max_shard_size, first_index=first):
+            places |= self._add(shard)
+        return places
+
+    def unwritten(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Those whose tensors of the output are not written yet."""
+        done = {p.tensor_name for s in self.shards if s.is_output for p in s.problems}
+        return [problem for problem in problems if problem.tensor_name not in done]
+
     def _add(self, shard: Shard) -> dict[str, Source]:
         sources = tensor_sources(shard, len(self._files))
-        self._files.append(intermediate_file(self._output_uri, shard))
+        self._files.append(made_file(self._output_uri, shard))
         self.shards.append(shard)
         return sources
 

@@ -66,7 +66,7 @@ def pack(
     return tuple(
         make_shard(
             first_index + number,
-            f"{stage or 'model'}-{number + 1:05d}-of-{count:05d}.safetensors",
+            _file_name(stage or "model", number, count),
             problems[start:end],
             kind="intermediate" if stage else "weights",
         )
@@ -86,9 +86,22 @@ def shard_header(problems: Sequence[Problem]) -> bytes:
     return encode_header([(p.tensor_name, p.dtype, p.shape) for p in problems], FILE_METADATA)
 
 
-def intermediate_file(output_uri: str, shard: Shard) -> SourceFile:
-    """A shard's intermediate file as a source of later shards, to be pinned when it is there."""
-    return SourceFile(f"{output_uri}/{WORKSPACE}/{shard.file_name}", shard.size, "", shard.index)
+def number_files(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """The shards, of which those of the output have the numbers of its files in their names."""
+    names = {shard.index: shard.file_name for shard in shards if not shard.is_output}
+    outputs = [shard.index for shard in shards if shard.is_output]
+    names |= {index: _file_name("model", n, len(outputs)) for n, index in enumerate(outputs)}
+    return tuple(msgspec.structs.replace(s, file_name=names[s.index]) for s in shards)
+
+
+def _file_name(stage: str, number: int, count: int) -> str:
+    return f"{stage}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def made_file(output_uri: str, shard: Shard) -> SourceFile:
+    """A shard's file as a source of later shards, to be addressed and pinned when it is there."""
+    uri = output_uri if shard.is_output else f"{output_uri}/{WORKSPACE}/{shard.file_name}"
+    return SourceFile(uri, shard.size, "", shard.index)
 
 
 def tensor_sources(shard: Shard, file: int) -> dict[str, Source]:

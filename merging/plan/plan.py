@@ -209,9 +209,9 @@ class Problem(msgspec.Struct, frozen=True):
 class Shard(msgspec.Struct, frozen=True):
     """One file: its problems in the order of the file, and the file's exact size.
 
-    A file of ``weights`` is part of the output. An ``intermediate`` one lies in the plan's
-    workspace, is read by later shards, and goes when the output is published; its tensors are named
-    after the output tensors that they are for.
+    A file of ``weights`` is part of the output; later shards may read it too. An ``intermediate``
+    one lies in the plan's workspace, is read by later shards, and goes when the output is
+    published; its tensors are named after the output tensors that they are for.
 
     Every variant of a sweep has a file of weights of the same name and size: the shard is all of
     them.

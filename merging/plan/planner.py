@@ -25,7 +25,7 @@ from merging.plan.fit import check_fit
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.output_config import output_config
-from merging.plan.packing import pack
+from merging.plan.packing import number_files, pack
 from merging.plan.plan import (
     PLAN_FORMAT,
     WORKSPACE,
@@ -97,12 +97,13 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     if not variants:
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
-    check_fit([*stages.problems, *problems], builder.settings.settings, budgets)
-    outputs = pack(problems, options.max_shard_size, first_index=len(stages.shards))
-    shards = (
-        *stages.shards,
-        *(msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs),
+    rest = stages.unwritten(problems)
+    check_fit([*stages.problems, *rest], builder.settings.settings, budgets)
+    outputs = pack(rest, options.max_shard_size, first_index=len(stages.shards))
+    outputs = tuple(
+        msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs
     )
+    shards = number_files([*stages.shards, *outputs])
     described = _inputs(inputs)
     settings = builder.settings.settings
     warnings += warn_of_inputs(recipe, inputs, described)

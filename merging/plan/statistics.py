@@ -3,6 +3,10 @@
 For each expert there is a chain of shards, one for each of its blocks
 (:mod:`merging.plan.expert_chain`). So a worker holds one block and the activations, whatever the
 model's size, and work that stopped goes on at a block. The chains of experts are independent.
+
+A method may ask for what comes out of the merged blocks (``sequential``). Then a block of each
+expert is run, the block is merged and written as a part of the output, and that is run on each
+expert's samples to go on: three shards, or rows of such, that wait for each other.
 """
 
 from __future__ import annotations
@@ -61,13 +65,33 @@ def add_statistics(
         ExpertChain(number, expert, wanted, stages, builder, recipe, storage, warnings)
         for number, expert in enumerate(inputs.experts)
     ]
+    if inputs.method.sequential:
+        return _merge_in_turn(problems, wanted, chains, stages)
     found = [_run(chain) for chain in chains]
-    return [
-        _with_statistics(problem, wanted[problem.tensor_name], found, stages)
-        if problem.tensor_name in wanted
-        else problem
-        for problem in problems
-    ]
+    return [_with_statistics(problem, wanted, found, stages) for problem in problems]
+
+
+def _merge_in_turn(
+    problems: Sequence[Problem],
+    wanted: Mapping[str, str],
+    chains: Sequence[ExpertChain],
+    stages: Intermediates,
+) -> list[Problem]:
+    """Merge block after block; all but the last, and what stands behind it, are written by then."""
+    last = chains[0].num_blocks - 1
+    blocks: dict[int, list[Problem]] = {block: [] for block in range(-1, last + 1)}
+    for problem in problems:
+        blocks[chains[0].block_of(problem.tensor_name)].append(problem)
+    finals: dict[str, Problem] = {}
+    for block, own in blocks.items():
+        found = [chain.run(block, leaves=False) for chain in chains]
+        merges = [_with_statistics(problem, wanted, found, stages) for problem in own]
+        finals |= {merge.tensor_name: merge for merge in merges}
+        if block < last:
+            merged = stages.write_output(merges)
+            for chain in chains:
+                chain.run(block, measures=False, merged=merged)
+    return [finals[problem.tensor_name] for problem in problems]
 
 
 def _run(chain: ExpertChain) -> dict[str, Source]:
@@ -79,9 +103,15 @@ def _run(chain: ExpertChain) -> dict[str, Source]:
 
 
 def _with_statistics(
-    problem: Problem, step: str, found: Sequence[Mapping[str, Source]], stages: Intermediates
+    problem: Problem,
+    wanted: Mapping[str, str],
+    found: Sequence[Mapping[str, Source]],
+    stages: Intermediates,
 ) -> Problem:
     """The problem as a step that reads, of every expert, its tensor and then its statistic."""
+    step = wanted.get(problem.tensor_name)
+    if step is None:
+        return problem
     if step == BIAS:
         return stages.of_step(problem, step)
     alternating = tuple(

@@ -227,6 +227,6 @@ def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
     if method is None or method.staged is None:
-        return False
+        return method is not None and method.sequential
     experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]
     return method.staged.group(parameters, experts) is not None

@@ -60,10 +60,10 @@ class ShardDesk:
         self.board = ShardBoard(plan, receipts, attempts)
         self._plan = plan
         self._plan_digest = plan.digest
+        makers = {file.shard for file in plan.files if file.shard is not None}
         self._makers = {
-            file_uri(plan.output_uri, self._plan_digest, shard): shard.index
-            for shard in plan.shards
-            if not shard.is_output
+            file_uri(plan.output_uri, self._plan_digest, plan.shards[index]): index
+            for index in makers
         }
         self._lease = lease
         self._context = context
@@ -209,7 +209,7 @@ class ShardDesk:
         return error if is_last else None
 
     def _missing_file(self, error: MergeError) -> int | None:
-        """The shard whose intermediate file is not as it was made, if that is the failure."""
+        """The shard whose file, read by others, is not as it was made, if that is the failure."""
         if error.code not in _FILE_IS_GONE:
             return None
         return self._makers.get(str(error.context.get("uri")))

@@ -65,7 +65,7 @@ def has_started(events: list[PoolEvent]) -> bool:
     ("make", "step", "is_under_way", "size"),
     [(plan_isotropic, "updates", has_solved_some, 384), (plan_divided, "rows", has_started, 192)],
 )
-def test_an_intermediate_file_is_whole_or_not_there(
+def test_an_made_file_is_whole_or_not_there(
     pool: RayPool, tmp_path: Path, make, step: str, is_under_way, size: int
 ) -> None:
     storage = open_storage()

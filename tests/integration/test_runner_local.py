@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def document_of(family: Family, method: str) -> dict[str, Any]:
     document = recipe(family, method)
-    if method == "lot":
+    if method in ("lot", "regmean_plus_plus"):
         document["calibration"] = {"data": [[1, 2, 3, 4, 5], [6, 7]], "batch": 1}
     return document
 
@@ -68,12 +68,13 @@ def family(tmp_path: Path) -> Family:
 
 
 @pytest.mark.parametrize(
-    ("method", "workers"), [("ties", 2), ("iso_wudi", 1), ("iso_wudi", 4), ("lot", 2)]
+    ("method", "workers"),
+    [("ties", 2), ("iso_wudi", 1), ("iso_wudi", 4), ("lot", 2), ("regmean_plus_plus", 2)],
 )
 def test_a_job_gives_the_bytes_that_the_engine_gives_by_itself(
     store: SqlJobStore, family: Family, tmp_path: Path, method: str, workers: int
 ) -> None:
-    """The second method works in stages, the third runs its experts on samples."""
+    """In one pass, in stages, with experts run on samples, with output files read again."""
     document = parse_recipe(document_of(family, method))
     options = MergeOptions(**OPTIONS)
     plan = make_plan(document, open_storage(), options, str(tmp_path / "direct"))

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from merging.execute.shard import run_shard
+from merging.method import get_method
 from merging.plan.plan import Plan, Shard, file_uri
 from merging.plan.stages import shards_needed
 from merging.receipts import Receipt
@@ -94,7 +95,7 @@ def calibrated_recipe(
         "models": [{"model": str(expert)} for expert in experts],
         "calibration": {"data": SAMPLES, "batch": 2, **calibration},
     }
-    return document | ({} if method == "regmean" else {"base_model": str(base)})
+    return document | ({"base_model": str(base)} if get_method(method).needs_base else {})
 
 
 def statistics_shards(plan: Plan) -> list[Shard]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from merging.method import get_method
 from merging.options import MergeOptions
 from merging.plan.plan import Plan
 from merging.plan.planner import make_plan
@@ -22,7 +23,7 @@ def recipe(family: Family, method: str, **parameters: Any) -> dict[str, Any]:
         "merge_method": method,
         "models": [{"model": str(expert)} for expert in family.experts],
     }
-    if method != "linear":
+    if get_method(method).needs_base:
         document["base_model"] = str(family.base)
     if parameters:
         document["parameters"] = parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from merging.plan.packing import data_bytes, intermediate_file, pack, tensor_sources
+from merging.plan.packing import data_bytes, made_file, pack, tensor_sources
 from merging.plan.plan import COPY, Plan, Problem, Setting
 
 
@@ -33,7 +33,7 @@ def in_two_stages(plan: Plan, max_shard_size: int = 1 << 30) -> Plan:
     shards = (*first, *pack(copies, max_shard_size, first_index=len(first)))
     return msgspec.structs.replace(
         plan,
-        files=(*plan.files, *(intermediate_file(plan.output_uri, shard) for shard in first)),
+        files=(*plan.files, *(made_file(plan.output_uri, shard) for shard in first)),
         settings=(*plan.settings, Setting(COPY)),
         shards=shards,
         totals=msgspec.structs.replace(

@@ -22,7 +22,7 @@ from tests.support.s3_models import download_prefix, upload_folder
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("method", ["lot", "regmean"])
+@pytest.mark.parametrize("method", ["lot", "regmean_plus_plus"])
 def test_the_server_sends_exactly_the_planned_bytes(
     s3_env: S3Server, bucket: str, tmp_path: Path, method: str
 ) -> None:

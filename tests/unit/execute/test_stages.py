@@ -43,7 +43,7 @@ def outputs_first(plan: Plan) -> int:
     return plan.outputs[0].index
 
 
-def test_a_merge_by_way_of_intermediate_files_gives_the_same_files(
+def test_a_merge_by_way_of_made_files_gives_the_same_files(
     family: Family, storage: Storage, tmp_path: Path
 ) -> None:
     plain = plan_merge(family, "linear", storage, tmp_path / "a", max_shard_size=SHARD_BYTES)
@@ -61,7 +61,7 @@ def test_a_merge_by_way_of_intermediate_files_gives_the_same_files(
     assert len(report["tensors"]) == plan.totals.tensors == report["totals"]["tensors"]
 
 
-def test_a_plan_with_intermediate_files_survives_serialising(
+def test_a_plan_with_made_files_survives_serialising(
     family: Family, storage: Storage, tmp_path: Path
 ) -> None:
     plan = staged(family, storage, tmp_path / "out")
@@ -79,7 +79,7 @@ def test_shards_need_those_whose_files_they_read(
     assert all(max(indexes) < first for indexes in needed[first:])
 
 
-def test_an_intermediate_file_is_pinned_to_the_version_that_was_written(
+def test_an_made_file_is_pinned_to_the_version_that_was_written(
     family: Family, storage: Storage, tmp_path: Path
 ) -> None:
     plan = staged(family, storage, tmp_path / "out")

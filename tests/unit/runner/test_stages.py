@@ -70,7 +70,7 @@ def test_a_new_runner_goes_on_in_the_second_stage(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("loss", ["deleted", "overwritten"])
-def test_an_intermediate_file_that_is_lost_is_made_again(bench: Bench, loss: str) -> None:
+def test_an_made_file_that_is_lost_is_made_again(bench: Bench, loss: str) -> None:
     job = bench.submit()
     lost: list[int] = []
 
