@@ -11,10 +11,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from merging.checkpoint.tokenizer_edit import EDITED, edit_tokenizer_file
+from merging.checkpoint.vocabulary import MAX_TOKENIZER_BYTES
 from merging.errors import PlanError, StorageError
 from merging.plan.chat_template import TEMPLATE_NAME
 from merging.plan.packing import data_bytes
-from merging.plan.plan import WORKSPACE, Plan
+from merging.plan.plan import WORKSPACE, Companion, Plan
 from merging.receipts import Receipt
 from merging.report import (
     CARD_NAME,
@@ -105,15 +107,24 @@ def _write_companions(merge: Plan, report: dict[str, Any], storage: Storage) -> 
     """All that stands beside the weights of a checkpoint but its index."""
     output = merge.output_uri
     for companion in merge.companions:
-        storage.copy(
-            companion.source_uri, f"{output}/{companion.file_name}", version=companion.version
-        )
+        target = f"{output}/{companion.file_name}"
+        if merge.added_tokens and companion.file_name in EDITED:
+            storage.write_bytes(target, _with_tokens(merge, companion, storage))
+        else:
+            storage.copy(companion.source_uri, target, version=companion.version)
     if merge.chat_template is not None:
         storage.write_bytes(f"{output}/{TEMPLATE_NAME}", merge.chat_template.encode())
     if merge.config:
         storage.write_bytes(f"{output}/config.json", _json(merge.config))
     storage.write_bytes(f"{output}/{REPORT_NAME}", _json(report))
     storage.write_bytes(f"{output}/{CARD_NAME}", model_card(merge, report).encode())
+
+
+def _with_tokens(merge: Plan, companion: Companion, storage: Storage) -> bytes:
+    """A file of the tokenizer with the tokens that the merge adds."""
+    uri = companion.source_uri
+    data = storage.read_bytes(uri, limit=MAX_TOKENIZER_BYTES, version=companion.version)
+    return edit_tokenizer_file(companion.file_name, data, uri, merge.added_tokens)
 
 
 def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:

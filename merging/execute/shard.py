@@ -30,7 +30,7 @@ from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
 from merging.execute.solve import Solver
 from merging.plan.cost import group_limit
 from merging.plan.packing import data_bytes, shard_header
-from merging.plan.plan import PLAN_FORMAT, STATISTICS, ShardWork
+from merging.plan.plan import ALIGN, PLAN_FORMAT, STATISTICS, ShardWork
 from merging.rates import Rates
 from merging.receipts import OtherFile, ProblemFigures, Receipt, write_receipt
 from merging.storage.base import Storage
@@ -111,14 +111,18 @@ def run_shard(
             " Run the same version of Mergeyard everywhere.",
             code="wrong_version",
         )
-    is_statistics = work.settings[0].method == STATISTICS
-    if device == "cpu" and not is_statistics:
+    kind = work.settings[0].method
+    if device == "cpu" and kind not in (STATISTICS, ALIGN):
         _check_host_memory(work)
     give_back_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     try:
-        if is_statistics:
+        if kind == ALIGN:
+            from merging.execute.alignment import run_alignment
+
+            return run_alignment(work, storage, on_progress, cancelled, rates)
+        if kind == STATISTICS:
             from merging.execute.statistics import run_statistics
 
             return run_statistics(work, storage, device, on_progress, cancelled, rates)

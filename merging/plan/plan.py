@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from merging.checkpoint.vocabulary import AddedToken
+
 PLAN_FORMAT = 2
 """Version of the serialised form; a worker refuses a plan of another one."""
 
@@ -28,6 +30,10 @@ COPY = "copy"
 
 STATISTICS = "statistics"
 """Pseudo-method of what is measured in an expert (:mod:`merging.plan.statistics`)."""
+
+ALIGN = "align"
+"""Pseudo-method of rows in another order, that of the output's tokens
+(:mod:`merging.plan.alignment`)."""
 
 
 class SourceFile(msgspec.Struct, frozen=True, array_like=True):
@@ -347,6 +353,7 @@ class Plan(msgspec.Struct, frozen=True):
         variants: Of a sweep, each with a checkpoint of its own under the output; recipe and method
             are the whole sweep's.
         chat_template: Text of the output's; None if it is among the companions.
+        added_tokens: Tokens that the output's tokenizer has beside those in its companions.
     """
 
     format: int
@@ -370,6 +377,7 @@ class Plan(msgspec.Struct, frozen=True):
     device_memory_budget: int | None = None
     variants: tuple[Variant, ...] = ()
     chat_template: str | None = None
+    added_tokens: tuple[AddedToken, ...] = ()
 
     @property
     def variant_names(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex
 from merging.errors import PlanError
 from merging.options import MergeOptions
+from merging.plan.alignment import align, with_output_rows
 from merging.plan.chat_template import choose_chat_template, is_chat_template
 from merging.plan.cost import Budgets
 from merging.plan.dividing import divide_large
@@ -40,7 +41,7 @@ from merging.plan.reading import read_inputs
 from merging.plan.staging import Staging
 from merging.plan.statistics import add_statistics
 from merging.plan.tensors import check_tensors, unmatched_filters
-from merging.plan.tokenizer import choose_companions
+from merging.plan.tokenizer import plan_tokenizer
 from merging.plan.variants import describe_variants
 from merging.plan.warnings import warn_of_inputs, warn_of_problems
 from merging.plan.wording import shorten_list
@@ -75,15 +76,17 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     if not options.overwrite:
         for uri in checkpoint_uris(output_uri, [variant.name for variant in variants]):
             check_output_free(storage, uri)
-    inputs = read_inputs(recipe, storage, output_uri)
+    stored = read_inputs(recipe, storage, output_uri)
+    tokenizer = plan_tokenizer(recipe, stored, storage, warnings)
+    vocabulary = tokenizer.vocabulary
+    inputs = with_output_rows(stored, vocabulary) if vocabulary else stored
     tensors = check_tensors(inputs, warnings)
-    companions = choose_companions(recipe, inputs, storage, warnings)
+    companions = tokenizer.companions
     chat_template = choose_chat_template(recipe, inputs, storage, warnings)
     if chat_template is not None:
         companions = tuple(c for c in companions if not is_chat_template(c.file_name))
     budgets = Budgets(options.memory_budget, options.device_memory_budget)
     builder = ProblemBuilder(recipe, inputs, budgets)
-    problems = builder.build(tensors)
     stages = Intermediates(
         builder.settings,
         builder.files,
@@ -91,9 +94,12 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         max_shard_size=options.max_shard_size,
         output_uri=output_uri,
     )
+    if vocabulary is not None:
+        builder.aligned = align(stored, vocabulary, builder, stages, warnings)
+    problems = builder.build(tensors)
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
-    problems = add_statistics(problems, stages, builder, inputs, recipe, storage, warnings)
+    problems = add_statistics(problems, stages, builder, stored, recipe, storage, warnings)
     if not variants:
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
@@ -127,13 +133,14 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         files=tuple(builder.files),
         settings=tuple(settings),
         shards=shards,
-        config=output_config(inputs, problems),
+        config=tokenizer.adapt_config(output_config(inputs, problems)),
         companions=companions,
         warnings=tuple(warnings),
         totals=_totals(shards),
         device_memory_budget=options.device_memory_budget,
         variants=variants,
         chat_template=chat_template,
+        added_tokens=tokenizer.added_tokens,
     )
 
 

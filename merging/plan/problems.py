@@ -80,10 +80,15 @@ class ProblemBuilder:
         recipe: A checked recipe.
         inputs: Its checkpoints.
         budgets: What a worker may use for tensors.
+
+    Attributes:
+        files: Those that are read, in the order in which they came up.
+        aligned: Where tensors are read whose rows were put in another order, by address and name.
     """
 
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
+        self.aligned: dict[tuple[str, str], Source] = {}
         entries = [[expert.entry for expert in one.experts] for one in inputs.sections]
         self._variants = planned_variants(recipe)
         self.settings = VariantSettings(self._variants, entries)
@@ -161,7 +166,7 @@ class ProblemBuilder:
         sees_base = is_touched and _uses_base(section)
         base = None
         if not experts or sees_base or any(not one.parts.is_stored for one in experts):
-            base = self.source(section.donor, entry, name)
+            base = self._tensor_source(section.donor, entry, name)
         if not experts:
             setting = self.settings.copy()
         elif is_touched:
@@ -224,9 +229,16 @@ class ProblemBuilder:
         if expert.adapter is not None and adapted.replacement is not None:
             stored = (self.source(expert.adapter, adapted.replacement, ""),)
         elif not (self._has_adapters[tensor.section] and expert.index is donor):
-            stored = (self.source(expert.index, expert.index.tensors[name], name),)
+            stored = (self._tensor_source(expert.index, expert.index.tensors[name], name),)
         parts = Parts(bool(stored), adapted.rank, adapted.scaling, adapted.flipped)
         return _Expert(parts, stored, factors)
+
+    def _tensor_source(
+        self, index: CheckpointIndex, entry: TensorEntry, output_name: str
+    ) -> Source:
+        """Where a tensor that is merged is read."""
+        aligned = self.aligned.get((index.uri, entry.name))
+        return aligned or self.source(index, entry, output_name)
 
     def source(
         self, index: CheckpointIndex | AdapterIndex, entry: TensorEntry, output_name: str

@@ -103,7 +103,7 @@ def _compare(
         ],
         lambda count: (
             f"{uri} has {count} of another shape than {donor.uri}; models must agree in"
-            " architecture and vocabulary"
+            " architecture, and in vocabulary unless 'tokenizer_source' says whose to take"
         ),
     )
     refuse(

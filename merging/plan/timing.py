@@ -18,7 +18,7 @@ import msgspec
 
 from merging.method import Geometry, get_method
 from merging.plan.cost import expansion_flops, takes_matrices
-from merging.plan.plan import COPY, STATISTICS, Plan, Problem, Shard
+from merging.plan.plan import ALIGN, COPY, STATISTICS, Plan, Problem, Shard
 from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
 
@@ -124,6 +124,8 @@ def _num_inputs(problem: Problem) -> int:
 
 def _solve_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
     entries = math.prod(problem.input_shape)
+    if plan.settings[problem.setting].method == ALIGN:  # a source is some of the rows
+        return 2 * entries / rates.entries
     passed = (_num_inputs(problem) + 1) * entries / rates.entries
     return passed + _method_seconds(plan, problem, rates) + len(problem.sources) * _SOURCE_SECONDS
 

@@ -23,6 +23,7 @@ from merging.recipe.parameters import (
 from merging.recipe.recipe import Level, ModelEntry, Recipe, Section, Slice
 from merging.recipe.sources import SourceReader
 from merging.recipe.sweep import read_sweep
+from merging.recipe.tokenizer import read_tokenizer
 from merging.roles import touch_filter
 from merging.selectors import ParameterValue
 
@@ -112,7 +113,7 @@ class _Reader:
             parameters=reader.parameters(data.get("parameters"), "/parameters"),
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
-            tokenizer_source=reader.tokenizer(data),
+            tokenizer=read_tokenizer(data, self._faults),
             chat_template=self._chat_template(),
             calibration=read_calibration(data.get("calibration"), "/calibration", self._faults),
         )

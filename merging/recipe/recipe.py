@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merging.recipe.tokenizer import TokenizerChoice
 from merging.selectors import ParameterValue, to_plain
 
 Level = Mapping[str, ParameterValue]
 """The ``parameters`` of one place in a recipe."""
-
-
-TOKENIZER_WORDS = frozenset({"base", "union"})
-"""What ``tokenizer_source`` says instead of a model's address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,7 @@ class Recipe:
         sweep: The variants, if several are asked for; method and parameters are then those of the
             first.
         slices: The layers of the output from the first to the last, if not taken from whole models.
-        tokenizer_source: Whose tokenizer the output has: ``base``, ``union`` or a model's address.
+        tokenizer: Which tokenizer the output has; None is that of the base or first model.
         chat_template: ``auto``, the name of a known one, or a Jinja template.
         calibration: Where samples are, for experts that do not say so themselves.
     """
@@ -126,7 +123,7 @@ class Recipe:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     sweep: Sweep | None = None
     slices: tuple[Slice, ...] = ()
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -163,8 +160,8 @@ class Recipe:
             "calibration": dict(self.calibration) or None,
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "tokenizer_source": self.tokenizer_source,
             "chat_template": self.chat_template,
+            **(self.tokenizer.plain() if self.tokenizer else {}),
         }
         return {key: value for key, value in sorted(plain.items()) if value is not None}
 

@@ -18,7 +18,7 @@ from merging.recipe.parameters import (
     read_parameters,
     shorten,
 )
-from merging.recipe.recipe import TOKENIZER_WORDS, ModelEntry, Slice
+from merging.recipe.recipe import ModelEntry, Slice
 from merging.selectors import ParameterValue
 
 _MODEL_KEYS = frozenset({"model", "parameters", "calibration"})
@@ -30,11 +30,6 @@ _UNSUPPORTED_MODEL = {
 _UNSUPPORTED_SLICE = {
     "residual_weight": "mergekit reads 'residual_weight' and never uses it; remove the key.",
 }
-_UNSUPPORTED_TOKENIZER = dict.fromkeys(
-    ("tokens", "pad_to_multiple_of"),
-    "Changing the vocabulary is not supported by this version: all models must share one, which"
-    " the output has too. Remove the key.",
-)
 _WITHOUT_EFFECT = {
     "int8_mask": "The parameter 'int8_mask' only saves memory in mergekit; it has no effect here.",
 }
@@ -100,30 +95,6 @@ class SourceReader:
     def parameters(self, raw: Any, pointer: str) -> dict[str, ParameterValue]:
         """The recipe's own parameters."""
         return self._parameters(raw, pointer, self._all)
-
-    def tokenizer(self, data: Mapping[str, Any]) -> str | None:
-        """Whose tokenizer the output has, by ``tokenizer_source`` or ``tokenizer.source``."""
-        given = [key for key in ("tokenizer_source", "tokenizer") if data.get(key) is not None]
-        if not given:
-            return None
-        if len(given) > 1:
-            detail = "Give 'tokenizer' or 'tokenizer_source', not both: they say the same."
-            self.refuse("/tokenizer_source", detail, "incompatible_options")
-        [key, *_] = given
-        value, pointer = data[key], f"/{key}"
-        if key == "tokenizer":
-            if not isinstance(value, dict):
-                self.refuse(
-                    pointer, f"'tokenizer' is a mapping with 'source', not {shorten(value)}."
-                )
-                return None
-            self.check_keys(value, pointer, frozenset({"source"}), _UNSUPPORTED_TOKENIZER)
-            value, pointer = value.get("source", "union"), "/tokenizer/source"
-        return (
-            value
-            if isinstance(value, str) and value in TOKENIZER_WORDS
-            else self.address(value, pointer)
-        )
 
     def models(self, raw: Any, pointer: str) -> tuple[ModelEntry, ...]:
         """A list of whole models."""

@@ -18,17 +18,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from merging.checkpoint.vocabulary import read_tokenizer
 from merging.local_run import run_plan
 from merging.options import MergeOptions
 from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
-from tests.parity.cases import CASES, Case
+from tests.parity.cases import CASES, VOCABULARIES, Case
 from tests.support.checkpoints import Family, make_family
 from tests.support.environments import plain_environment, python_with
 from tests.support.merges import load_merged
+from tests.support.tokenizers import write_model
 
 VERSION = "0.1.5"
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _TORCH = "torch==2.13.0+cpu"
 
 
@@ -44,6 +47,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         family = make_family(folder / "models", rms=2e-3)
+        for number, (words, special) in enumerate(VOCABULARIES):
+            write_model(folder / f"models/v{number}", words, special, seed=number)
         told = _merge_theirs(python, family, folder)
         results = [
             _judge(case, family, folder, text) for case, text in zip(CASES, told, strict=True)
@@ -80,12 +85,15 @@ def _judge(case: Case, family: Family, folder: Path, told: str) -> tuple[float, 
         return 0.0, 0.0, f"mergekit: {told}"
     theirs = load_merged(folder / f"theirs-{number}")
     ours = _merge_ours(_with_models(case.recipe, family), folder / f"ours-{number}")
+    if case.by_token:
+        order = _order(folder / f"ours-{number}", folder / f"theirs-{number}")
+        theirs |= {name: theirs[name][order] for name in VOCABULARY_TENSORS}
     if ours.keys() != theirs.keys():
         return 0.0, 0.0, f"tensors differ: {sorted(ours.keys() ^ theirs.keys())[:3]}"
     worst, equal, flipped, total = 0.0, 0, 0, 0
     for name, expected in theirs.items():
         found = ours[name]
-        base = family.base_state[name]
+        base = torch.zeros_like(expected) if case.by_token else family.base_state[name]
         change = (expected - base).double().norm()
         rounding = torch.finfo(torch.float32).eps * expected.double().norm()
         off = (found - expected).double()
@@ -102,6 +110,18 @@ def _judge(case: Case, family: Family, folder: Path, told: str) -> tuple[float, 
     return worst, equal / total, fault
 
 
+def _order(ours: Path, theirs: Path) -> list[int]:
+    """Numbers in their tokenizer of the tokens of ours, in our order, and padding after these."""
+    storage = open_storage()
+    own, other = (
+        read_tokenizer(storage, uri, storage.stat(uri).version).vocabulary
+        for uri in (str(folder / "tokenizer.json") for folder in (ours, theirs))
+    )
+    order = [other[token] for token in sorted(own, key=own.__getitem__)]
+    rows = load_merged(theirs)[VOCABULARY_TENSORS[0]].shape[0]
+    return [*order, *range(len(order), rows)]
+
+
 def _merge_ours(recipe: dict[str, Any], output: Path) -> dict[str, torch.Tensor]:
     storage = open_storage()
     run_plan(make_plan(parse_recipe(recipe), storage, MergeOptions(), str(output)), storage)
@@ -109,7 +129,8 @@ def _merge_ours(recipe: dict[str, Any], output: Path) -> dict[str, torch.Tensor]
 
 
 def _with_models(recipe: dict[str, Any], family: Family) -> dict[str, Any]:
-    places = {"BASE": family.base} | {f"E{n}": path for n, path in enumerate(family.experts)}
+    places = {f"V{n}": family.base.parent / f"v{n}" for n in range(len(VOCABULARIES))}
+    places |= {"BASE": family.base} | {f"E{n}": path for n, path in enumerate(family.experts)}
     text = json.dumps(recipe)
     for name, path in places.items():
         text = text.replace(f'"{name}"', json.dumps(str(path)))

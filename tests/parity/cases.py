@@ -1,6 +1,7 @@
 """Recipes that mergekit and this project both merge, and how near the results have to be.
 
-Models are written as ``BASE``, ``E0``, ``E1``, ``E2``. Everything is in float32: mergekit computes
+Models are written as ``BASE``, ``E0``, ``E1``, ``E2``, and ``V0``, ``V1``, ``V2`` with
+vocabularies of their own. Everything is in float32: mergekit computes
 in the type of its inputs, and only there does it say what a method is to the last digit.
 """
 
@@ -25,6 +26,8 @@ class Case:
         recipe: In the common schema.
         tolerance: Largest ‖ours − theirs‖ / ‖theirs − base‖ of any tensor, beyond the rounding of
             its entries in float32.
+        by_token: Rows of embeddings and heads are compared token by token: mergekit numbers the
+            tokens that a union adds in no order.
         flipped: Share of entries that may differ by more, where a method chooses entries by a
             threshold and rounding decides single ones.
     """
@@ -33,6 +36,7 @@ class Case:
     recipe: dict[str, Any]
     tolerance: float = BITS
     flipped: float = 0.0
+    by_token: bool = False
 
 
 def _models(*parameters: dict[str, Any], base: bool = False) -> list[dict[str, Any]]:
@@ -72,6 +76,34 @@ def _slice(*sources: tuple[str, int, dict[str, Any]], **changes: Any) -> dict[st
 
 def _sliced(method: str, *slices: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"merge_method": method, "slices": list(slices), "dtype": "float32", **changes}
+
+
+VOCABULARIES = (
+    (["<unk>", "<s>", *"abcdefgh"], ["</s>"]),
+    (["<unk>", "<s>", *"hgfedcba", "x"], ["</s>", "<|end|>"]),
+    (["<unk>", *"abcd", "<s>", "x", "y"], ["<|end|>"]),
+)
+"""Words and special tokens of the models with vocabularies of their own."""
+
+_CHOICES = {
+    "x": {"source": {"kind": "zero"}},
+    "y": {"source": "V2", "force": True},
+    "h": {"source": {"kind": "model_token", "model": "V1", "token": "a"}},
+    "g": {"source": {"kind": "model_token", "model": "V0", "token_id": 2}, "force": True},
+    "new": {"source": {"kind": "zero"}},
+}
+
+
+def _vocabularies(**changes: Any) -> dict[str, Any]:
+    """A sum of models with vocabularies of their own."""
+    models = [{"model": f"V{n}", "parameters": {"weight": 0.25 * 2**n}} for n in range(3)]
+    return {
+        "merge_method": "linear",
+        "models": models,
+        "dtype": "float32",
+        "parameters": {"normalize": False},
+        **changes,
+    }
 
 
 CASES = [
@@ -187,5 +219,20 @@ CASES = [
             parameters={"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.5}]},
         ),
         1e-4,
+    ),
+    *(
+        Case(f"vocabularies, {name}", _vocabularies(**changes), tolerance, by_token=True)
+        for name, tolerance, changes in (
+            ("base", BITS, {"base_model": "V0", "tokenizer_source": "base"}),
+            ("union with a base", BITS, {"base_model": "V0", "tokenizer_source": "union"}),
+            ("of a model", BITS, {"base_model": "V0", "tokenizer_source": "V2"}),
+            ("union, means", ROUNDING, {"base_model": "V2", "tokenizer_source": "union"}),
+            ("choices", BITS, {"base_model": "V0", "tokenizer": {"tokens": _CHOICES}}),
+            (
+                "padded",
+                ROUNDING,
+                {"base_model": "V0", "tokenizer": {"source": "base", "pad_to_multiple_of": 8}},
+            ),
+        )
     ),
 ]
