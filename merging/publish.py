@@ -15,8 +15,9 @@ from merging.checkpoint.tokenizer_edit import EDITED, edit_tokenizer_file
 from merging.checkpoint.vocabulary import MAX_TOKENIZER_BYTES
 from merging.errors import PlanError, StorageError
 from merging.plan.chat_template import TEMPLATE_NAME
+from merging.plan.outputs import Companion
 from merging.plan.packing import data_bytes
-from merging.plan.plan import WORKSPACE, Companion, Plan
+from merging.plan.plan import WORKSPACE, Plan
 from merging.receipts import Receipt
 from merging.report import (
     CARD_NAME,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from merging.checkpoint.vocabulary import AddedToken
+from merging.plan.outputs import Companion, Variant
 
 PLAN_FORMAT = 2
 """Version of the serialised form; a worker refuses a plan of another one."""
@@ -261,30 +262,6 @@ class Input(msgspec.Struct, frozen=True):
     uri: str
     role: Literal["base", "expert"]
     digest: str
-
-
-class Companion(msgspec.Struct, frozen=True):
-    """A small file to be copied beside the weights (tokenizer, generation config …)."""
-
-    source_uri: str
-    file_name: str
-    version: str
-
-
-class Variant(msgspec.Struct, frozen=True):
-    """A variant of a sweep.
-
-    Attributes:
-        name: The folder of its checkpoint, under the plan's output.
-        recipe: Its normalised recipe, as of a merge by itself.
-        recipe_digest: ``sha256:…`` of it.
-        method: Name of its method.
-    """
-
-    name: str
-    recipe: dict[str, Any]
-    recipe_digest: str
-    method: str
 
 
 class Totals(msgspec.Struct, frozen=True):

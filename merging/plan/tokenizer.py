@@ -18,7 +18,7 @@ from merging.checkpoint.vocabulary import (
 )
 from merging.errors import Fault, MergeError, RecipeError
 from merging.plan.inputs import Inputs
-from merging.plan.plan import Companion
+from merging.plan.outputs import Companion
 from merging.plan.vocabulary import Vocabulary, text_configs, unite, vocabulary_tensors
 from merging.recipe import Recipe
 from merging.recipe.tokenizer import SOURCE_WORDS, TokenizerChoice

@@ -10,7 +10,8 @@ import msgspec
 
 from merging.errors import Fault
 from merging.method import MergeMethod, Parameters, get_method
-from merging.plan.plan import COPY, Setting, Variant
+from merging.plan.outputs import Variant
+from merging.plan.plan import COPY, Setting
 from merging.plan.settings import SettingTable
 from merging.plan.wording import SHOWN, shorten_list
 from merging.recipe import Recipe

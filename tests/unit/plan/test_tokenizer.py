@@ -83,7 +83,7 @@ def test_tokenizer_of_another_model_comes_with_its_chat_template_and_nothing_els
     ("vocab", "added"),
     [
         ({"a": 0, "b": 1}, {"end": 3}),
-        ({"d": 0, "a": 1, "b": 2, "c": 3}, {"end": 4}),
+        ({"a": 0, "d": 1, "b": 2, "c": 3}, {"end": 4}),
         ({**VOCAB, "b": 2, "c": 1}, {"end": 3}),
         (VOCAB, {"end": 4}),
         (VOCAB, {"start": 3}),
