@@ -44,6 +44,12 @@ class JobQuery(BaseModel):
     limit: int = Field(default=20, ge=1, le=100)
     cursor: str | None = Field(default=None, description="Of the page before; keeps its filters.")
     state: list[JobState] = Field(default=[], max_length=len(JobState))
+    q: str | None = Field(
+        default=None,
+        max_length=200,
+        pattern=r"^[^\x00]*$",
+        description="Words, each to be found in a job's id, method, addresses, labels or error.",
+    )
     method: str | None = Field(default=None, pattern=_WORD)
     initiator: str | None = Field(default=None, pattern=_WORD)
     created_after: AwareDatetime | None = None
@@ -72,6 +78,7 @@ class JobQuery(BaseModel):
             labels=self.labels,
             method=self.method,
             created_after=self.created_after,
+            text=" ".join(self.q.split()) or None if self.q else None,
             initiator=self.initiator,
         )
 

@@ -11,9 +11,11 @@ import sqlalchemy as sa
 
 from service.jobs.changes import Change
 from service.jobs.ids import new_id
+from service.jobs.news import NewsType
 from service.jobs.outbox import Announcement, DeliveryState, announcement_of
 from service.jobs.records import JobRecord
 from service.jobs.tables import outbox, webhook_endpoints
+from service.jobs.tell import news_row
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -27,8 +29,12 @@ class Message(msgspec.Struct, frozen=True):
 
 def announce(
     connection: sa.Connection, job: JobRecord, changes: Sequence[Change], now: datetime
-) -> None:
-    """Queue what the last events of a job are to the outside, for all who want to know."""
+) -> list[dict[str, Any]]:
+    """Queue what the last events of a job are to the outside, for all who want to know.
+
+    Returns:
+        The news of that (:func:`service.jobs.tell.news_row`): endpoints with new deliveries.
+    """
     first = job.event_seq - len(changes) + 1
     messages = [
         _message(job, kind, seq, now)
@@ -36,7 +42,7 @@ def announce(
         if (kind := announcement_of(*change)) is not None
     ]
     if not messages:
-        return
+        return []
     rows = [
         pending_delivery(message, now, integration=integration.name)
         for message in messages
@@ -58,6 +64,8 @@ def announce(
     ]
     if rows:
         connection.execute(sa.insert(outbox), rows)
+    receivers = dict.fromkeys(row["endpoint_id"] for row in rows if row["endpoint_id"])
+    return [news_row(NewsType.DELIVERIES_CHANGED, now, receiver) for receiver in receivers]
 
 
 def pending_delivery(

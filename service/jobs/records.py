@@ -342,12 +342,17 @@ class IdempotencyRequest(msgspec.Struct, frozen=True):
 
 
 class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which jobs to list; empty fields do not filter. Labels must all match."""
+    """Which jobs to list; empty fields do not filter. Labels must all match.
+
+    ``text`` is words, each of which must be somewhere in what the job is found by
+    (``service.jobs.search``).
+    """
 
     states: tuple[JobState, ...] = ()
     labels: dict[str, str] = {}
     method: str | None = None
     created_after: datetime | None = None
+    text: str | None = None
     initiator: str | None = None
 
 

@@ -15,9 +15,12 @@ from service.jobs.announce import announce
 from service.jobs.changes import Change
 from service.jobs.database import for_writing, outages_as_unavailable
 from service.jobs.errors import NotFoundError, StaleLeaseError
+from service.jobs.news import NewsType
 from service.jobs.records import Claim, JobRecord
 from service.jobs.rows import to_json, to_record
+from service.jobs.search import SEARCHED, keep_text
 from service.jobs.tables import events, jobs
+from service.jobs.tell import news_row, tell
 
 Clock = Callable[[], datetime]
 """The time now, aware."""
@@ -111,6 +114,8 @@ class SqlBase:
         if row is None:
             raise _stale(job_id)
         job = to_record(row, JobRecord)
+        if not SEARCHED.isdisjoint(values):
+            keep_text(connection, job)
         self._append(connection, job, changes)
         return job
 
@@ -130,7 +135,13 @@ class SqlBase:
             for seq, (event, data) in enumerate(changes, first)
         ]
         connection.execute(sa.insert(events), rows)
-        announce(connection, job, changes, now)
+        state = str(job.state)
+        told = [news_row(row["type"], now, job.id, seq=row["seq"], state=state) for row in rows]
+        tell(connection, [*told, *announce(connection, job, changes, now)])
+
+    def _tell(self, connection: sa.Connection, what: NewsType, subject: str) -> None:
+        """Tell that something changed that is no event of a job."""
+        tell(connection, [news_row(what, self._now(connection), subject)])
 
 
 def _machine_time() -> datetime:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from service.jobs.announce import Message, pending_delivery
 from service.jobs.errors import EndpointDisabledError, EndpointLimitError, NotFoundError
 from service.jobs.ids import new_id
+from service.jobs.news import NewsType
 from service.jobs.outbox import (
     Announcement,
     DeliveryFilter,
@@ -48,7 +49,9 @@ class EndpointStatements(KeyStatements):
                     f"There are {MOST_ENDPOINTS} webhook endpoints already; delete one first."
                 )
             insert = sa.insert(webhook_endpoints).values(values).returning(webhook_endpoints)
-            return to_record(connection.execute(insert).one(), EndpointRecord)
+            made = to_record(connection.execute(insert).one(), EndpointRecord)
+            self._tell(connection, NewsType.WEBHOOK_CHANGED, made.id)
+            return made
 
     def list_endpoints(self) -> list[EndpointRecord]:
         """See :meth:`service.jobs.outbox.EndpointStore.list_endpoints`."""
@@ -68,7 +71,7 @@ class EndpointStatements(KeyStatements):
         if values.get("is_enabled"):
             values |= {"flagged_at": None, "flag": None, "paused_until": None}
         with self._write() as connection:
-            return _update(connection, endpoint_id, values)
+            return self._update(connection, endpoint_id, values)
 
     def rotate_endpoint(self, endpoint_id: str, key_id: str, overlap: timedelta) -> EndpointRecord:
         """See :meth:`service.jobs.outbox.EndpointStore.rotate_endpoint`."""
@@ -79,7 +82,7 @@ class EndpointStatements(KeyStatements):
                 "key_id": key_id,
                 "secret_version": webhook_endpoints.c.secret_version + 1,
             }
-            return _update(connection, endpoint_id, values)
+            return self._update(connection, endpoint_id, values)
 
     def delete_endpoint(self, endpoint_id: str) -> None:
         """See :meth:`service.jobs.outbox.EndpointStore.delete_endpoint`."""
@@ -88,6 +91,7 @@ class EndpointStatements(KeyStatements):
             if not connection.execute(delete).rowcount:
                 raise _not_found(endpoint_id)
             forget_keys(connection, endpoint_id)
+            self._tell(connection, NewsType.WEBHOOK_CHANGED, endpoint_id)
 
     def test_endpoint(self, endpoint_id: str) -> DeliveryRecord:
         """See :meth:`service.jobs.outbox.EndpointStore.test_endpoint`."""
@@ -146,7 +150,25 @@ class EndpointStatements(KeyStatements):
             )
         row = pending_delivery(message, self._now(connection), endpoint_id=endpoint_id)
         made = connection.execute(sa.insert(outbox).values(row).returning(outbox)).one()
+        self._tell(connection, NewsType.DELIVERIES_CHANGED, endpoint_id)
         return to_record(made, DeliveryRecord)
+
+    def _update(
+        self, connection: sa.Connection, endpoint_id: str, values: Mapping[str, Any]
+    ) -> EndpointRecord:
+        if not values:
+            return _find(connection, endpoint_id)
+        update = (
+            sa.update(webhook_endpoints)
+            .where(webhook_endpoints.c.id == endpoint_id)
+            .values(values)
+            .returning(webhook_endpoints)
+        )
+        row = connection.execute(update).one_or_none()
+        if row is None:
+            raise _not_found(endpoint_id)
+        self._tell(connection, NewsType.WEBHOOK_CHANGED, endpoint_id)
+        return to_record(row, EndpointRecord)
 
 
 def _find(connection: sa.Connection, endpoint_id: str, *, keep: bool = False) -> EndpointRecord:
@@ -155,23 +177,6 @@ def _find(connection: sa.Connection, endpoint_id: str, *, keep: bool = False) ->
     if keep:
         query = query.with_for_update(read=True, key_share=True)
     row = connection.execute(query).one_or_none()
-    if row is None:
-        raise _not_found(endpoint_id)
-    return to_record(row, EndpointRecord)
-
-
-def _update(
-    connection: sa.Connection, endpoint_id: str, values: Mapping[str, Any]
-) -> EndpointRecord:
-    if not values:
-        return _find(connection, endpoint_id)
-    update = (
-        sa.update(webhook_endpoints)
-        .where(webhook_endpoints.c.id == endpoint_id)
-        .values(values)
-        .returning(webhook_endpoints)
-    )
-    row = connection.execute(update).one_or_none()
     if row is None:
         raise _not_found(endpoint_id)
     return to_record(row, EndpointRecord)

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from service.jobs.changes import Change
 from service.jobs.errors import NotFoundError
+from service.jobs.news import NewsType
 from service.jobs.outbox import (
     AttemptOutcome,
     DeliveryRecord,
@@ -57,6 +58,8 @@ class OutboxStatements(SqlBase):
                 return None
             update = sa.update(outbox).where(outbox.c.id == due).values(lease).returning(outbox)
             delivery = to_record(connection.execute(update).one(), DeliveryRecord)
+            if delivery.endpoint_id is not None:
+                self._tell(connection, NewsType.DELIVERIES_CHANGED, delivery.endpoint_id)
             endpoint = sa.select(webhook_endpoints).where(
                 webhook_endpoints.c.id == delivery.endpoint_id
             )
@@ -77,7 +80,9 @@ class OutboxStatements(SqlBase):
             job = self._lock_job(connection, delivery)
             is_ours = _finish(connection, delivery, outcome, now)
             if is_ours and delivery.endpoint_id is not None:
-                _note_endpoint(connection, delivery.endpoint_id, outcome, now)
+                self._tell(connection, NewsType.DELIVERIES_CHANGED, delivery.endpoint_id)
+                if _note_endpoint(connection, delivery.endpoint_id, outcome, now):
+                    self._tell(connection, NewsType.WEBHOOK_CHANGED, delivery.endpoint_id)
             if is_ours and job is not None:
                 self._note_integration(connection, job, delivery, outcome)
             return is_ours
@@ -155,7 +160,8 @@ def _finish(
 
 def _note_endpoint(
     connection: sa.Connection, endpoint_id: str, outcome: AttemptOutcome, now: datetime
-) -> None:
+) -> bool:
+    """Note what a try says of its endpoint; whether that may have changed it."""
     values: dict[str, Any] = {}
     if outcome.state == DeliveryState.DELIVERED:
         values = {"paused_until": None, "flagged_at": None, "flag": None}
@@ -168,6 +174,7 @@ def _note_endpoint(
     if values:
         this = webhook_endpoints.c.id == endpoint_id
         connection.execute(sa.update(webhook_endpoints).where(this).values(values))
+    return bool(values)
 
 
 def _is_due(now: datetime) -> tuple[sa.ColumnElement[bool], ...]:

@@ -15,6 +15,7 @@ from service.jobs.errors import (
     RevisionMismatchError,
 )
 from service.jobs.ids import new_id
+from service.jobs.news import NewsType
 from service.jobs.records import (
     CancelMode,
     EventType,
@@ -25,6 +26,7 @@ from service.jobs.records import (
     Progress,
 )
 from service.jobs.rows import to_json, to_record
+from service.jobs.search import keep_text
 from service.jobs.sql_keys import KeyStatements, forget_keys
 from service.jobs.states import JobState
 from service.jobs.tables import documents, jobs, shards
@@ -73,6 +75,7 @@ class QueueStatements(KeyStatements):
         }
         row = connection.execute(sa.insert(jobs).values(values).returning(jobs)).one()
         record = to_record(row, JobRecord)
+        keep_text(connection, record)
         data = {"state": str(record.state), "method": job.method, "output_uri": job.output_uri}
         self._append(connection, record, [(EventType.JOB_CREATED, data)])
         return record
@@ -154,7 +157,9 @@ class QueueStatements(KeyStatements):
             values: dict[str, Any] = {} if labels is None else {"labels": dict(labels)}
             if priority is not None:
                 values["priority"] = priority
-            return self._change(connection, job_id, values, [])
+            job = self._change(connection, job_id, values, [])
+            self._tell(connection, NewsType.JOB_UPDATED, job_id)
+            return job
 
     def delete(self, job_id: str) -> None:
         """See :meth:`service.jobs.store.JobQueue.delete`."""
@@ -166,6 +171,7 @@ class QueueStatements(KeyStatements):
                     context={"job_id": job_id, "state": str(job.state)},
                 )
             connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+            self._tell(connection, NewsType.JOB_FORGOTTEN, job_id)
             forget_keys(connection, job_id)
 
 

@@ -21,6 +21,7 @@ from service.jobs.records import (
     WorkerRecord,
 )
 from service.jobs.rows import to_record, unpack
+from service.jobs.search import has_words
 from service.jobs.sql_base import SqlBase
 from service.jobs.states import TERMINAL, JobState, ShardState
 from service.jobs.tables import ACTIVE, UtcDateTime, documents, events, jobs, shards
@@ -171,6 +172,8 @@ def _conditions(job_filter: JobFilter) -> list[sa.ColumnElement[bool]]:
         found.append(jobs.c.initiator == job_filter.initiator)
     if job_filter.created_after is not None:
         found.append(jobs.c.created_at > job_filter.created_after)
+    if job_filter.text is not None:
+        found.append(has_words(job_filter.text))
     found.extend(_has_label(key, value) for key, value in job_filter.labels.items())
     return found
 

@@ -2,7 +2,7 @@
 
 The statements lie in files by who uses them: ``sql_read``, ``sql_queue`` and ``sql_plans`` for
 the API, ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication;
-``sql_endpoints`` and ``sql_outbox`` are about webhooks; ``sql_base`` holds what keeps the store's
+``sql_endpoints`` and ``sql_outbox`` are about webhooks, ``sql_news`` is about all of it; ``sql_base`` holds what keeps the store's
 rules.
 """
 
@@ -15,6 +15,7 @@ from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
 from service.jobs.sql_endpoints import EndpointStatements
 from service.jobs.sql_leftovers import LeftoverStatements
+from service.jobs.sql_news import NewsStatements
 from service.jobs.sql_outbox import OutboxStatements
 from service.jobs.sql_plans import PlanStatements
 from service.jobs.sql_queue import QueueStatements
@@ -33,6 +34,7 @@ class SqlJobStore(
     SessionStatements,
     EndpointStatements,
     OutboxStatements,
+    NewsStatements,
 ):
     """See :class:`service.jobs.store.JobStore`."""
 

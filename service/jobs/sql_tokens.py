@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from service.jobs.errors import NotFoundError
 from service.jobs.ids import new_id
+from service.jobs.news import NewsType
 from service.jobs.records import IdempotencyRequest, TokenRecord
 from service.jobs.rows import to_record
 from service.jobs.sql_base import Clock
@@ -89,7 +90,9 @@ class TokenStatements(KeyStatements):
             created_at=now,
             expires_at=expires_at,
         )
-        return to_record(connection.execute(insert.returning(tokens)).one(), TokenRecord)
+        made = to_record(connection.execute(insert.returning(tokens)).one(), TokenRecord)
+        self._tell(connection, NewsType.TOKEN_CHANGED, made.id)
+        return made
 
     def find_token(self, secret: str) -> TokenRecord | None:
         """See :meth:`service.jobs.store.TokenStore.find_token`."""
@@ -129,6 +132,8 @@ class TokenStatements(KeyStatements):
         with self._write() as connection:
             row = connection.execute(update.returning(tokens)).one_or_none()
             connection.execute(sa.delete(sessions).where(sessions.c.token_id == token_id))
+            if row is not None:
+                self._tell(connection, NewsType.TOKEN_CHANGED, token_id)
         self._known_tokens.clear()
         if row is None:
             raise _not_found(token_id)
@@ -142,7 +147,8 @@ class TokenStatements(KeyStatements):
         )
         update = sa.update(tokens).where(tokens.c.id == token_id, used_long_ago)
         with self._write() as connection:
-            connection.execute(update.values(last_used_at=now))
+            if connection.execute(update.values(last_used_at=now)).rowcount:
+                self._tell(connection, NewsType.TOKEN_CHANGED, token_id)
         self._known_tokens.clear()
 
 

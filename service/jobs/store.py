@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from merging.plan.plan import Plan
+from service.jobs.news import NewsStore
 from service.jobs.outbox import EndpointStore, Outbox
 from service.jobs.records import (
     Backlog,
@@ -348,6 +349,7 @@ class JobStore(
     SessionStore,
     EndpointStore,
     Outbox,
+    NewsStore,
     Protocol,
 ):
     """Everything that the service keeps."""

@@ -178,6 +178,30 @@ events = sa.Table(
     sa.CheckConstraint("seq >= 1", name="seq"),
 )
 
+# What happened to anything, in the order of all readers (``service/jobs/tell.py``).
+# No reference to the job: that it was forgotten is told too.
+news = sa.Table(
+    "news",
+    metadata,
+    sa.Column(
+        "position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True
+    ),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("time", UtcDateTime, nullable=False),
+    sa.Column("subject", sa.String(64), nullable=False),
+    sa.Column("seq", sa.Integer),
+    sa.Column("state", sa.String(16)),
+    sqlite_autoincrement=True,  # the number of one that is gone is not given again
+)
+
+# What text search looks through: a narrow table, since every search reads it from end to end.
+job_texts = sa.Table(
+    "job_texts",
+    metadata,
+    _job_id(),
+    sa.Column("text", sa.Text, nullable=False),
+)
+
 plans = sa.Table(
     "plans",
     metadata,
