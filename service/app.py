@@ -22,6 +22,7 @@ from service.api import (
     jobs,
     logs,
     methods,
+    news,
     outcomes,
     plans,
     recipes,
@@ -42,6 +43,7 @@ from service.jobs.store import JobStore
 from service.limits import FailedLogins, RateLimit, StreamSlots
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyRules, RequestContext
+from service.news import News
 from service.problems import PROBLEM_JSON
 from service.settings import Settings
 from service.tracing import TracedRequests, Tracing
@@ -63,6 +65,7 @@ _ROUTERS = (
     job_plan,
     outcomes,
     events,
+    news,
     logs,
     tokens,
     sessions,
@@ -110,6 +113,7 @@ def create_app(
         storage=storage,
         clock=clock,
         feed=EventFeed(store, poll_seconds=poll_seconds),
+        news=News(store, poll_seconds=poll_seconds),
         forecast=forecast or Forecast(),
         metrics=metrics or Metrics(version),
         guard=AddressGuard(
@@ -186,6 +190,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.openapi()  # now, rather than while the first request waits
     yield
     app.state.services.feed.close()
+    app.state.services.news.close()
 
 
 class _Application(FastAPI):

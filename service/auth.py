@@ -52,9 +52,13 @@ class Principal:
     scopes: frozenset[str]
     session: SessionRecord | None = None
 
+    def has(self, scope: Scope) -> bool:
+        """Whether the token has the scope."""
+        return bool(self.scopes & {scope, Scope.ADMIN})
+
     def require(self, scope: Scope) -> None:
         """Raise ``forbidden`` unless the token has the scope."""
-        if not self.scopes & {scope, Scope.ADMIN}:
+        if not self.has(scope):
             raise RequestError(
                 f"This needs a token with the scope {scope}; the token {self.name!r} has"
                 f" {', '.join(sorted(self.scopes)) or 'none'}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,6 +150,9 @@ def jobs(
     url: UrlOption = DEFAULT_URL,
     token_file: TokenOption = None,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Words in its id, method, addresses, labels or error.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
@@ -156,7 +160,7 @@ def jobs(
     from service.console import print_jobs
 
     with connect(url, token_file) as client:
-        found = client.jobs(limit=limit, state=state)
+        found = client.jobs(limit=limit, state=state, search=search)
     if as_json:
         print_json(found)
     else:
@@ -170,6 +174,34 @@ def watch(
     """Follow a job until it ends; the exit status says how it ended."""
     with connect(url, token_file) as client:
         _watch(client, job_id)
+
+
+@app.command()
+def events(
+    url: UrlOption = DEFAULT_URL,
+    token_file: TokenOption = None,
+    type_: Annotated[
+        list[str] | None, typer.Option("--type", help="Only of this type; repeatable.")
+    ] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only after which a job is so; repeatable.")
+    ] = None,
+    label: LabelOption = None,
+    after: Annotated[
+        int | None, typer.Option(help="Go on after this position; else from now on.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow what happens to all jobs, a line for each event, until interrupted."""
+    filters: dict[str, str | list[str]] = {"type": type_ or [], "state": state or []}
+    filters |= {f"label.{name}": value for name, value in _labels(label).items()}
+    with connect(url, token_file) as client:
+        for event in client.all_events(after=after, **filters):
+            if as_json:
+                print(json.dumps(event), flush=True)
+                continue
+            what = (event["position"], event["subject"], event["type"], event["state"] or "")
+            print(f"{event['time'][:19]}Z", *what, sep="  ", flush=True)
 
 
 @app.command()

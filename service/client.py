@@ -129,11 +129,15 @@ class Client:
         """One job."""
         return self._call("GET", f"/v1/jobs/{job_id}")
 
-    def jobs(self, *, limit: int = 20, state: str | None = None) -> list[dict[str, Any]]:
-        """The newest jobs."""
+    def jobs(
+        self, *, limit: int = 20, state: str | None = None, search: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The newest jobs; ``search``: words in their id, method, addresses, labels or error."""
         parameters: dict[str, Any] = {"limit": limit}
         if state:
             parameters["state"] = state
+        if search:
+            parameters["q"] = search
         return self._list("/v1/jobs", parameters)
 
     def shards(self, job_id: str) -> list[dict[str, Any]]:
@@ -233,8 +237,10 @@ class Client:
         last, heard_at = after, time.monotonic()
         while True:
             try:
-                for event in self._stream(job_id, last):
-                    last, heard_at = event["seq"], time.monotonic()
+                for seq, event in self._stream(f"/v1/jobs/{job_id}/events", last or None):
+                    last, heard_at = seq, time.monotonic()
+                    if event is None:
+                        continue
                     yield event
                     if event["type"] == "job.finished" and not self._goes_on(job_id, event):
                         return
@@ -242,9 +248,31 @@ class Client:
                     return
                 heard_at = time.monotonic()
             except ApiError as error:
-                is_lost = error.retryable or error.code == "unreachable"
-                if not is_lost or time.monotonic() - heard_at > _PATIENCE_SECONDS:
-                    raise
+                _raise_if_final(error, heard_at)
+            time.sleep(_RECONNECT_SECONDS)
+
+    def all_events(
+        self, *, after: int | None = None, **filters: str | Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
+        """What happens to all jobs from now on, live, without gaps, and without an end.
+
+        A lost connection is taken up again where it broke, for five minutes.
+
+        Args:
+            after: ``position`` of the last event seen: begin after it instead. Those of the last
+                seven days are kept; further back is refused (``news_gone``).
+            filters: ``type``, ``state``, ``method``, ``initiator``, ``label.<name>``.
+        """
+        last, heard_at = after, time.monotonic()
+        while True:
+            try:
+                for position, event in self._stream("/v1/events", last, filters):
+                    last, heard_at = position, time.monotonic()
+                    if event is not None:
+                        yield event
+                heard_at = time.monotonic()
+            except ApiError as error:
+                _raise_if_final(error, heard_at)
             time.sleep(_RECONNECT_SECONDS)
 
     def _goes_on(self, job_id: str, end: dict[str, Any]) -> bool:
@@ -258,15 +286,23 @@ class Client:
             return False
         return not self._list(f"/v1/jobs/{job_id}/events", {"after": last})
 
-    def _stream(self, job_id: str, after: int) -> Iterator[dict[str, Any]]:
+    def _stream(
+        self, path: str, after: int | None, filters: Mapping[str, str | Sequence[str]] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Positions with their events; None where only the position moved on."""
         headers = {"Accept": "text/event-stream"}
-        if after:
+        if after is not None:
             headers["Last-Event-ID"] = str(after)
-        path = f"/v1/jobs/{job_id}/events"
         timeout = httpx.Timeout(_REQUEST_SECONDS, read=_STREAM_SILENCE_SECONDS)
-        for line in self._lines(path, headers=headers, timeout=timeout):
+        position, event = None, None
+        for line in self._lines(path, headers=headers, timeout=timeout, params=filters):
             if line.startswith("data:"):
-                yield json.loads(line[5:])
+                event = json.loads(line[5:])
+            elif line.startswith("id:"):
+                position = int(line[3:])
+            elif not line and position is not None:
+                yield position, event
+                position, event = None, None
 
     def _lines(self, path: str, **arguments: Any) -> Iterator[str]:
         try:
@@ -319,6 +355,13 @@ def _unreachable(url: str, error: Exception) -> ApiError:
             " Start one with 'mergeyard serve', or name another with --url.",
         }
     )
+
+
+def _raise_if_final(error: ApiError, heard_at: float) -> None:
+    """Raise what ends a stream; nothing for what another try may mend, for a time."""
+    is_lost = error.retryable or error.code == "unreachable"
+    if not is_lost or time.monotonic() - heard_at > _PATIENCE_SECONDS:
+        raise error
 
 
 def _raise_for_problem(response: httpx.Response) -> None:

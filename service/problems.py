@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "no_such_route": (404, "There is no such address"),
     "method_not_allowed": (405, "The address does not take this method"),
     "not_acceptable": (406, "No representation suits the request"),
+    "news_gone": (410, "The events after this position are not kept any more"),
     "body_too_large": (413, "The request body is too large"),
     "unsupported_media_type": (415, "The content type is not accepted"),
     "range_not_satisfiable": (416, "There are no such bytes"),

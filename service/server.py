@@ -121,4 +121,5 @@ class Server(uvicorn.Server):
 
     def _end(self) -> None:
         self.services.feed.close()
+        self.services.news.close()
         self.should_exit = True

@@ -23,6 +23,7 @@ from service.integrations.base import Integration
 from service.jobs.store import JobStore
 from service.limits import FailedLogins, StreamSlots
 from service.metrics import Metrics
+from service.news import News
 from service.problems import RequestError
 from service.settings import Settings
 from service.webhooks.address_guard import AddressGuard
@@ -55,6 +56,7 @@ class Services:
         storage: Limited to the storage roots.
         clock: The time now, in UTC.
         feed: Wakes event streams.
+        news: What happens to anything.
         forecast: Says how long a plan should take.
         metrics: Counters.
         guard: Which addresses webhooks may go to.
@@ -72,6 +74,7 @@ class Services:
     storage: Storage
     clock: Callable[[], datetime]
     feed: EventFeed
+    news: News
     forecast: Forecast
     metrics: Metrics
     guard: AddressGuard

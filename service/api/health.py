@@ -73,7 +73,8 @@ async def _run(check: ReadinessCheck) -> CheckObject:
 def read_metrics(services: ServicesDep) -> Response:
     """Counters in the text format of Prometheus."""
     overdue = services.store.longest_overdue().total_seconds()
-    text = services.metrics.render(services.store.counts(), services.feed.num_readers, overdue)
+    num_streams = services.feed.num_readers + services.news.num_readers
+    text = services.metrics.render(services.store.counts(), num_streams, overdue)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Self
+from typing import Annotated
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, Field
 from starlette.concurrency import run_in_threadpool
 
 from merging.options import MergeOptions
 from service.api.deps import (
-    LABEL_PREFIX,
     JobId,
     PrincipalDep,
     Services,
@@ -20,10 +18,11 @@ from service.api.deps import (
     TraceParent,
     guarded,
 )
+from service.api.filters import WORD, LabelQuery
 from service.api.idempotency import IdempotencyKey, idempotency_request, mark_replayed, replays
 from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
-from service.api.schemas import LABEL, IntegrationRequest, JobSubmission, Resubmission
+from service.api.schemas import IntegrationRequest, JobSubmission, Resubmission
 from service.api.submission import submit
 from service.api.views import etag, job_detail, job_object
 from service.auth import Scope
@@ -33,13 +32,9 @@ from service.problems import RequestError
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-_WORD = r"^[A-Za-z0-9_.-]{1,64}$"
 
-
-class JobQuery(BaseModel):
+class JobQuery(LabelQuery):
     """Filters of the list. What else comes is ``label.<name>=<value>``, any number of times."""
-
-    model_config = ConfigDict(extra="allow")
 
     limit: int = Field(default=20, ge=1, le=100)
     cursor: str | None = Field(default=None, description="Of the page before; keeps its filters.")
@@ -50,26 +45,9 @@ class JobQuery(BaseModel):
         pattern=r"^[^\x00]*$",
         description="Words, each to be found in a job's id, method, addresses, labels or error.",
     )
-    method: str | None = Field(default=None, pattern=_WORD)
-    initiator: str | None = Field(default=None, pattern=_WORD)
+    method: str | None = Field(default=None, pattern=WORD)
+    initiator: str | None = Field(default=None, pattern=WORD)
     created_after: AwareDatetime | None = None
-
-    @model_validator(mode="after")
-    def _check_labels(self) -> Self:
-        for name, value in self.labels.items():
-            if not re.fullmatch(LABEL, name):
-                raise ValueError(
-                    f"{name[:64]!r} cannot be a label: 1 to 63 letters, digits and _ . / -"
-                )
-            if not isinstance(value, str) or "\x00" in value:
-                raise ValueError(f"give label.{name} once, as plain text")
-        return self
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """The labels to be matched."""
-        extra = self.model_extra or {}
-        return {name.removeprefix(LABEL_PREFIX): value for name, value in extra.items()}
 
     def job_filter(self) -> JobFilter:
         """The filters as the store takes them."""

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from merging.plan.plan import Kind
+from service.jobs.news import NewsType
 from service.jobs.records import CancelMode, EventType
 from service.jobs.states import JobState, ShardState
 
@@ -181,6 +182,26 @@ class EventObject(BaseModel):
     data: dict[str, Any]
 
 
+class NewsObject(BaseModel):
+    """Something that happened; ``position`` rises over all of them, with gaps.
+
+    Of what is not the event of a job, members are null or empty; ``subject`` says what it is about.
+    """
+
+    position: int
+    type: EventType | NewsType
+    time: datetime
+    subject: str = Field(description="Id of the job, token or webhook endpoint.")
+    job_id: str | None
+    seq: int | None = Field(description="Of the job's event among its own.")
+    attempt: int | None
+    state: JobState | None = Field(description="Of the job after the event.")
+    data: dict[str, Any] = Field(description="Of the job's event.")
+    labels: dict[str, str] = Field(description="Of the job as they are now.")
+    method: str | None
+    initiator: str | None
+
+
 class JobResult(BaseModel):
     """What came of a job, for clients that look at status codes."""
 
@@ -287,7 +308,7 @@ class TokenObject(BaseModel):
 class NewToken(TokenObject):
     """A token that was just made."""
 
-    secret: str | None = Field(description="Shown this once; null when a request is repeated.")
+    secret: str = Field(description="Shown this once.")
 
 
 class SessionObject(BaseModel):

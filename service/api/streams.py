@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi.sse import EventSourceResponse
+from fastapi import Depends, Header, Query
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from service.problems import RequestError
+
+_RETRY_MILLISECONDS = (1500, 2500)
+"""Clients reconnect after a time between these, so that a restart does not meet all at once."""
+
+
+async def _position(
+    last_event_id: Annotated[
+        str | None, Header(description="Id of the last event seen; resumes a stream.")
+    ] = None,
+    after: Annotated[
+        int | None, Query(ge=0, description="The same, for clients that cannot set headers.")
+    ] = None,
+) -> int | None:
+    """Read as text: a browser repeats whatever id it saw, and must get a problem it can show."""
+    if not last_event_id:
+        return after
+    if not (last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 16):
+        raise RequestError("Last-Event-ID is the number of an event.")
+    return int(last_event_id)
+
+
+Position = Annotated[int | None, Depends(_position)]
+"""Where a stream or a page of events begins."""
+
+
+def retry_message(position: int | None = None) -> bytes:
+    """The beginning of a stream: when to come back, and where it stands."""
+    retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - spreads load, protects nothing
+    return format_sse_event(retry=retry, id=None if position is None else str(position))
 
 
 class _Held(Response):
@@ -25,6 +58,10 @@ class _Held(Response):
 
 class EventStream(_Held, EventSourceResponse):
     """Server-sent events."""
+
+    def __init__(self, content: Any, *, slot: AbstractContextManager[None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, slot=slot, headers=headers)
 
 
 class TextStream(_Held, StreamingResponse):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
 
 from service.api.deps import PrincipalDep, ServicesDep, guarded
 from service.api.idempotency import (
@@ -24,7 +25,8 @@ router = APIRouter(prefix="/v1/tokens", tags=["tokens"])
     "",
     operation_id="tokens.create",
     status_code=201,
-    responses=replays(NewToken),
+    response_model=NewToken,
+    responses=replays(TokenObject),
     **guarded(Scope.ADMIN),
 )
 def create_token(
@@ -33,14 +35,13 @@ def create_token(
     principal: PrincipalDep,
     key: IdempotencyKey,
     response: Response,
-) -> NewToken:
+) -> NewToken | JSONResponse:
     """Make a token. Its secret is in this answer and nowhere else.
 
-    The repeat of a request shows the token with ``secret`` null, since only its hash is kept: if
+    The repeat of a request shows the token without its secret, since only its hash is kept: if
     the first answer was lost, revoke the token and make another.
     """
     request = idempotency_request(key, principal, "/v1/tokens", body.model_dump(mode="json"))
-    secret: str | None = None
     try:
         token, secret = services.store.create_token(
             body.name,
@@ -49,8 +50,11 @@ def create_token(
             idempotency=request,
         )
     except RepeatedRequestError as repeated:
-        token = services.store.get_token(repeated.object_id)
-        mark_replayed(response)
+        known = token_object(services.store.get_token(repeated.object_id))
+        again = JSONResponse(known.model_dump(mode="json"))
+        mark_replayed(again)
+        again.headers["Location"] = services.href(f"/v1/tokens/{known.id}")
+        return again
     response.headers["Location"] = services.href(f"/v1/tokens/{token.id}")
     return NewToken(**token_object(token).model_dump(), secret=secret)
 

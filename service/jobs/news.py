@@ -6,7 +6,7 @@ webhooks) the news only say that it did: who wants to know how reads it again.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -26,15 +26,16 @@ class NewsType(StrEnum):
 
 
 class NewsItem(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened.
+    """Something that happened. Its JSON is what the API shows (``service.api.objects``).
 
     Attributes:
         position: Place in the order; rises, with gaps.
         type: An event's type, or a :class:`NewsType`.
         subject: Id of what it happened to: a job, a token or a webhook endpoint.
+        job_id: The same, if that is a job.
         seq: Number of the event among those of its job; None if it is no event of a job.
-        state: State of the job after it.
         attempt: Of the job, with an event.
+        state: Of the job after the event.
         data: Of the event.
         labels: Of the job as they are now; empty if it is no job, or was forgotten.
         method: Likewise.
@@ -45,13 +46,14 @@ class NewsItem(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     time: datetime
     subject: str
-    seq: int | None = None
-    state: JobState | None = None
-    attempt: int | None = None
-    data: dict[str, Any] = {}
-    labels: dict[str, str] = {}
-    method: str | None = None
-    initiator: str | None = None
+    job_id: str | None
+    seq: int | None
+    attempt: int | None
+    state: JobState | None
+    data: dict[str, Any]
+    labels: dict[str, str]
+    method: str | None
+    initiator: str | None
 
 
 class NewsBounds(msgspec.Struct, frozen=True):
@@ -73,5 +75,5 @@ class NewsStore(Protocol):
     def news(self, after: int, upto: int, limit: int = 1000) -> list[NewsItem]:
         """News with ``after < position <= upto`` in order; ``upto`` is the bounds' ``last``."""
 
-    def prune_news(self, kept_seconds: float) -> int:
+    def prune_news(self, kept: timedelta) -> int:
         """Forget news that are older; how many. Events stay with their jobs."""

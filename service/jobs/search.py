@@ -19,7 +19,7 @@ SEARCHED = frozenset({"labels", "error", "inputs"})
 
 def text_of(
     *,
-    id: str,  # noqa: A002 - the columns of a job
+    id: str,
     method: str,
     output_uri: str,
     inputs: Any,

@@ -13,8 +13,10 @@ from service.jobs.tables import events, jobs, news
 from service.jobs.tell import last_settled
 
 _EVENT = (events.c.job_id == news.c.subject) & (events.c.seq == news.c.seq)
+_OF_JOB = news.c.subject.startswith("job_", autoescape=True)
 _ITEM = (
     *(news.c[name] for name in ("position", "type", "time", "subject", "seq", "state")),
+    sa.case((_OF_JOB, news.c.subject)).label("job_id"),
     events.c.attempt,
     sa.func.coalesce(events.c.data, sa.text("'{}'"), type_=sa.JSON()).label("data"),
     sa.func.coalesce(jobs.c.labels, sa.text("'{}'"), type_=sa.JSON()).label("labels"),
@@ -52,10 +54,10 @@ class NewsStatements(SqlBase):
         with self._read() as connection:
             return [to_record(row, NewsItem) for row in connection.execute(query)]
 
-    def prune_news(self, kept_seconds: float) -> int:
+    def prune_news(self, kept: timedelta) -> int:
         """See :meth:`service.jobs.news.NewsStore.prune_news`."""
         with self._write() as connection:
-            kept_from = self._now(connection) - timedelta(seconds=kept_seconds)
+            kept_from = self._now(connection) - kept
             # The first to be kept is found along the primary key, past those that go.
             first = (
                 sa.select(news.c.position)

@@ -2,8 +2,8 @@
 
 The statements lie in files by who uses them: ``sql_read``, ``sql_queue`` and ``sql_plans`` for
 the API, ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication;
-``sql_endpoints`` and ``sql_outbox`` are about webhooks, ``sql_news`` is about all of it; ``sql_base`` holds what keeps the store's
-rules.
+``sql_endpoints`` and ``sql_outbox`` are about webhooks, ``sql_news`` about everything that happens;
+``sql_base`` holds what keeps the store's rules.
 """
 
 from __future__ import annotations

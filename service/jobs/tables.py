@@ -183,9 +183,7 @@ events = sa.Table(
 news = sa.Table(
     "news",
     metadata,
-    sa.Column(
-        "position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True
-    ),
+    sa.Column("position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
     sa.Column("type", sa.String(64), nullable=False),
     sa.Column("time", UtcDateTime, nullable=False),
     sa.Column("subject", sa.String(64), nullable=False),

@@ -11,11 +11,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Protocol
 
 import structlog
 
 from merging.errors import MergeError
 from service.jobs.errors import StoreUnavailableError
+from service.jobs.news import NewsStore
 from service.jobs.outbox import (
     AttemptOutcome,
     DeliveryRecord,
@@ -34,6 +36,9 @@ LEASE_SECONDS = 60.0
 KEPT = timedelta(days=30)
 """How long deliveries can be looked at and replayed."""
 
+NEWS_KEPT = timedelta(days=7)
+"""How long who follows all events may be away and go on without a gap."""
+
 _AT_ONCE = 16
 _POLL_SECONDS = 1.0
 _PRUNE_SECONDS = 3600.0
@@ -42,6 +47,10 @@ _GRACE_SECONDS = 5.0
 
 OnAttempt = Callable[[str], None]
 """``on_attempt(outcome)``, for webhooks: ``delivered``, ``retried`` or ``failed``."""
+
+
+class SentFrom(Outbox, NewsStore, Protocol):
+    """Where a sender looks, and where it throws away what is old."""
 
 
 class Sender:
@@ -60,7 +69,7 @@ class Sender:
 
     def __init__(
         self,
-        outbox: Outbox,
+        outbox: SentFrom,
         caller: Caller,
         keys: SecretKeys,
         *,
@@ -148,6 +157,7 @@ class Sender:
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
             await asyncio.to_thread(self._outbox.prune_outbox, KEPT)
+            await asyncio.to_thread(self._outbox.prune_news, NEWS_KEPT)
 
     async def _deliver(self, taken: TakenDelivery) -> None:
         delivery = taken.delivery

@@ -109,7 +109,7 @@ def test_without_a_command_there_is_help() -> None:
     said = mergeyard()
     assert said.status == 2
     for command in (
-        *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch"),
+        *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch", "events"),
         *("propose", "run", "retry", "logs", "cancel", "delete", "tokens", "webhooks"),
     ):
         assert command in said.out + said.err
@@ -298,6 +298,39 @@ def test_a_job_is_submitted_followed_and_listed(
     assert mergeyard("watch", job_id).out == f"succeeded  {output}\n"
     assert mergeyard("logs", job_id, "--follow").out.splitlines()[-1].endswith("  succeeded")
     assert "succeeded" in mergeyard("cancel", job_id).error
+
+
+def test_what_happens_to_all_jobs_is_followed(
+    connected: LiveService, family: Family, home: Path, tmp_path: Path
+) -> None:
+    position = connected.store.news_bounds().last
+    path = write_recipe(tmp_path, family)
+    said = mergeyard("submit", path, "-o", home / "followed", "--label", "team=vision", "--watch")
+    assert said.status == 0
+    job_id = said.out.split()[0]
+    assert [
+        job["id"]
+        for job in json.loads(mergeyard("jobs", "--search", f"{job_id} TIES", "--json").out)
+    ] == [job_id]
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "events",
+        "--after",
+        str(position),
+        "--label",
+        "team=vision",
+    ]
+    only = ["--type", "job.created", "--type", "job.finished"]
+    with subprocess.Popen([*command, *only], stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout
+        lines = [following.stdout.readline().split() for _ in range(2)]
+        following.terminate()
+    assert [line[2:] for line in lines] == [
+        [job_id, "job.created", "queued"],
+        [job_id, "job.finished", "succeeded"],
+    ]
 
 
 def test_a_job_is_deleted_with_what_it_published_only_on_demand(

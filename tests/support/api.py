@@ -135,7 +135,7 @@ def read_stream(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             fields[name] = value
         elif "data" in fields:
             event = json.loads(fields["data"])
-            assert fields["id"] == str(event["seq"])
+            assert fields["id"] == str(event.get("position", event["seq"]))
             assert fields["event"] == event["type"]
             yield event
             fields = {}

@@ -28,8 +28,7 @@ def test_the_repeat_of_a_request_shows_what_the_first_made(api: LiveApi, path: s
     assert again.headers["location"] == first.headers["location"]
     shown = first.json()
     if path == "/v1/tokens":  # only its hash is kept
-        assert shown["secret"]
-        shown["secret"] = None
+        del shown["secret"]
     assert again.json() == shown
     other = api.admin.post(path, json=BODIES[path] | {"type": "x"}, headers=headers)
     check_problem(other, "unknown_field" if path != "/v1/jobs" else "invalid_request")

@@ -100,6 +100,21 @@ def test_a_stream_that_is_refused_is_not_asked_for_again() -> None:
     assert len(service.asked) == 1
 
 
+def test_all_events_go_on_from_the_last_position_also_where_nothing_was_told() -> None:
+    service = Service(
+        httpx.Response(200, stream=Broken(b"id: 5\nretry: 2\n\n", event(6), b": still\nid: 9\n\n")),
+        httpx.ConnectError("refused"),
+        httpx.Response(200, content=event(10)),
+        httpx.Response(410, json={"code": "news_gone", "detail": "They are gone."}),
+    )
+    with connect(service) as client:
+        events = client.all_events(after=0, type=["job.progress"])
+        assert [next(events)["seq"] for _ in range(2)] == [6, 10]
+        with pytest.raises(ApiError, match="They are gone"):
+            next(events)
+    assert service.asked == ["0", "9", "9", "10"]
+
+
 def test_a_submission_always_has_a_key() -> None:
     keys = []
 
