@@ -37,7 +37,7 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
     output, digest = plan.output_uri, plan.digest
     workspace = workspace_uri(output, digest)
     span = {"since": since - _CLOCKS_DIFFER, "until": until + _CLOCKS_DIFFER}
-    early = [shard.file_name for shard in plan.shards if not shard.is_output]
+    early = [s.file_name for s in plan.shards if not (s.is_output or s.folder)]
     removed = storage.discard_unfinished(workspace, frozenset(early), **span)
     weights = frozenset(shard.file_name for shard in plan.outputs)
     for folder in plan.checkpoint_uris:

@@ -71,6 +71,14 @@ class MergeOptions(BaseModel):
             " divided over several where that shortens the merge. Part of what bytes depend on."
         ),
     )
+    statistics_uri: str | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Folder in which statistics of samples are kept, for other merges of the same experts"
+            " and samples. By default they go with the merge."
+        ),
+    )
     overwrite: bool = Field(
         default=False, description="Replace a checkpoint that is already at the output."
     )

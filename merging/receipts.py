@@ -56,6 +56,7 @@ class Receipt(msgspec.Struct, frozen=True):
         problems: Figures per tensor, in file order.
         busy_seconds: Wall time in which bytes were moving, beside the solving: ``read``, ``write``.
         rates: What was known of the worker's speed when it began; None if nothing was.
+        reused: The file was made by an earlier merge; it was read and compared, and not written.
         others: In a sweep, the files of its other variants, in order; what stands above is then of
             the first one's file, but for bytes, memory and time, which are of all.
     """
@@ -76,6 +77,7 @@ class Receipt(msgspec.Struct, frozen=True):
     busy_seconds: dict[str, float] = {}
     rates: Rates | None = None
     others: tuple[OtherFile, ...] = ()
+    reused: bool = False
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -84,7 +86,9 @@ class Receipt(msgspec.Struct, frozen=True):
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files that were written."""
+        if self.reused:
+            return 0
         return self.size + sum(other.size for other in self.others)
 
     def of_variant(self, number: int) -> Receipt:

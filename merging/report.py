@@ -107,7 +107,7 @@ def _work(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "plan_digest": plan.digest,
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "read_requests": sum(receipt.read_requests for receipt in receipts),
-        "bytes_intermediate": sum(receipt.size for receipt in intermediate),
+        "bytes_intermediate": sum(receipt.bytes_written for receipt in intermediate),
         "flops_planned": plan.totals.flops,
         "seconds": _sum_seconds(receipt.seconds for receipt in receipts),
         "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),

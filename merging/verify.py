@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import msgspec
@@ -11,12 +10,12 @@ from merging.checkpoint.documents import shorten_all
 from merging.checkpoint.header import read_header
 from merging.checkpoint.index import WeightFile
 from merging.errors import CheckpointError, StorageError
+from merging.kept import file_digest
 from merging.plan.plan import Plan, Shard
 from merging.receipts import Receipt
 from merging.report import REPORT_NAME, SWEEP_REPORT_NAME
-from merging.storage.base import Storage
+from merging.storage.base import ObjectStat, Storage
 
-_READ_BYTES = 16 << 20
 _REPORT_LIMIT_BYTES = 256 << 20
 _REPORTS = {SWEEP_REPORT_NAME: 2, REPORT_NAME: 1}
 """Names of reports, with the parts of the file names in them."""
@@ -57,7 +56,7 @@ def verify_published(checkpoint_uri: str, storage: Storage) -> tuple[WrittenFile
     files = _read_report(uri, storage).output.files
     for written in files:
         stat = storage.stat(f"{uri}/{written.name}")
-        found = _digest(WeightFile(stat.uri, stat.size, stat.version), storage)
+        found = file_digest(storage, stat)
         if found != written.sha256:
             raise CheckpointError(
                 f"{stat.uri} ({stat.size} bytes) reads back with SHA-256 {found}; the merge report"
@@ -132,7 +131,7 @@ def verify_output(
         file = WeightFile(stat.uri, stat.size, stat.version)
         _compare_header(shard, file, storage)
         if read_weights:
-            _compare_digest(file, receipt, storage)
+            _compare_digest(stat, receipt, storage)
 
 
 def _compare_header(shard: Shard, file: WeightFile, storage: Storage) -> None:
@@ -149,23 +148,12 @@ def _compare_header(shard: Shard, file: WeightFile, storage: Storage) -> None:
         )
 
 
-def _compare_digest(file: WeightFile, receipt: Receipt, storage: Storage) -> None:
-    found = _digest(file, storage)
+def _compare_digest(stat: ObjectStat, receipt: Receipt, storage: Storage) -> None:
+    found = file_digest(storage, stat)
     if found != receipt.sha256:
         raise CheckpointError(
-            f"{file.uri} reads back with SHA-256 {found}, written was {receipt.sha256}. The storage"
+            f"{stat.uri} reads back with SHA-256 {found}, written was {receipt.sha256}. The storage"
             " damaged it; run the merge again.",
             code="digest_mismatch",
-            context={"uri": file.uri},
+            context={"uri": stat.uri},
         )
-
-
-def _digest(file: WeightFile, storage: Storage) -> str:
-    """SHA-256 of a whole file, in hex."""
-    digest = hashlib.sha256()
-    buffer = bytearray(min(_READ_BYTES, file.size))
-    for start in range(0, file.size, _READ_BYTES):
-        part = memoryview(buffer)[: min(_READ_BYTES, file.size - start)]
-        storage.read_into(file.uri, start, part, version=file.version)
-        digest.update(part)
-    return digest.hexdigest()

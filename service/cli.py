@@ -20,6 +20,7 @@ from service.cli_common import (
     RecipeArgument,
     SeedOption,
     ShardSizeOption,
+    StatisticsOption,
     ThreadsOption,
     WorkersOption,
     print_json,
@@ -113,6 +114,7 @@ def merge(
     device_memory_budget: DeviceBudgetOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
+    statistics_uri: StatisticsOption = None,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
 ) -> None:
@@ -129,6 +131,7 @@ def merge(
         device_memory_budget=device_memory_budget,
         seed=seed,
         threads=threads,
+        statistics_uri=statistics_uri,
         overwrite=overwrite,
         check_finite=check_finite,
     )
@@ -151,6 +154,7 @@ def plan(
     memory_budget: BudgetOption = "4GiB",
     device_memory_budget: DeviceBudgetOption = None,
     workers: WorkersOption = None,
+    statistics_uri: StatisticsOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -169,6 +173,7 @@ def plan(
         memory_budget=memory_budget,
         device_memory_budget=device_memory_budget,
         workers=workers,
+        statistics_uri=statistics_uri,
         overwrite=overwrite,
     )
     made = _make_plan(recipe, output, options, open_storage())

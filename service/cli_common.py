@@ -34,6 +34,10 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(help="Workers to count on: layers that take longer than a share are divided."),
 ]
+StatisticsOption = Annotated[
+    str | None,
+    typer.Option(help="Folder that keeps statistics of samples for other merges."),
+]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace a checkpoint at the output.")]
 FiniteOption = Annotated[bool, typer.Option(help="Fail on NaN or infinity in an input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -24,7 +24,7 @@ from service.jobs.sql_store import SqlJobStore, open_store
 from service.jobs.store import JobStore
 from service.logs import configure_logging
 from service.metrics import Metrics
-from service.runner.collector import Collector
+from service.runner.collector import Collector, KeptStatistics
 from service.runner.loop import Runner
 from service.runner.metrics import RunnerMetrics, metered
 from service.runner.settings import RunnerSettings
@@ -200,9 +200,18 @@ def _start_collector(stack: ExitStack, settings: Settings, store: SqlJobStore) -
         store,
         lambda: open_storage(settings.storage_roots),
         kept_seconds=3600 * settings.keep_leftovers_hours,
+        statistics=_kept_statistics(settings),
     )
     collector.start()
     stack.callback(collector.stop)
+
+
+def _kept_statistics(settings: Settings) -> KeptStatistics | None:
+    """Where statistics are kept; raises ``uri_not_allowed`` outside of the storage roots."""
+    if settings.statistics_uri is None:
+        return None
+    folder = open_storage(settings.storage_roots).normalise(settings.statistics_uri)
+    return KeptStatistics(folder, 3600 * settings.keep_statistics_hours)
 
 
 def _make_sender(services: Services) -> Sender:

@@ -214,6 +214,18 @@ class Settings(BaseSettings):
         description="How long the unfinished files of failed, cancelled and forgotten jobs are"
         " kept, for a retry to go on from. Then they are removed; a retry starts afresh.",
     )
+    statistics_uri: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder or s3://bucket/prefix, below a storage root and of this service alone,"
+        " in which what methods measure on samples is kept for other jobs. By default it goes with"
+        " the job.",
+    )
+    keep_statistics_hours: float = Field(
+        default=168,
+        ge=0,
+        description="How long statistics are kept there after the last job that used them ended.",
+    )
     commit: str = Field(
         default="unknown",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
@@ -268,6 +280,13 @@ class Settings(BaseSettings):
         return tuple(
             root if "://" in root else str(Path(root).expanduser().absolute()) for root in value
         )
+
+    @field_validator("statistics_uri")
+    @classmethod
+    def _make_absolute(cls, value: str | None) -> str | None:
+        if value is None or "://" in value:
+            return value
+        return str(Path(value).expanduser().absolute())
 
     @field_validator("trusted_proxies")
     @classmethod

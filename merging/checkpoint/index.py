@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +105,20 @@ def read_checkpoint_index(
         companions={name: stat.version for name, stat in listing.items() if is_companion(name)},
         metadata=headers[0].metadata,
     )
+
+
+def checkpoint_digest(uri: str, files: Sequence[WeightFile]) -> str:
+    """``sha256:…`` over names, sizes and versions of the weight files (not over the weights).
+
+    Args:
+        uri: Address of the folder.
+        files: All of them.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.uri[len(uri) + 1 :]
+        digest.update(f"{name}\n{file.size}\n{file.version}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:

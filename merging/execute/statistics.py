@@ -27,6 +27,7 @@ from merging.execute.shard import ShardCounts, device_name
 from merging.execute.skeleton import Done, Skeleton
 from merging.execute.solve import check_finite
 from merging.execute.tokens import PADDING, read_tokens
+from merging.kept import find_kept, write_record
 from merging.ops.precision import float32_products
 from merging.plan.packing import shard_header
 from merging.plan.plan import STATISTICS, ShardWork, Source
@@ -80,7 +81,46 @@ class _StatisticsRun:
         self._seconds = {"fetch": 0.0, "solve": 0.0, "write": 0.0}
 
     def run(self) -> Receipt:
+        """The receipt of what is measured, or was by an earlier merge; either is looked for twice,
+        since another merge may be measuring the same right now.
+        """
         begin = time.perf_counter()
+        found = self._find_kept(begin)
+        if found is None:
+            results, num_tokens = self._measure()
+            found = self._find_kept(begin) or self._write(results, begin, num_tokens)
+        write_receipt(self._storage, self._shard.output_uri, found)
+        self._report(len(self._shard.shard.problems), self._shard.shard.size)
+        return found
+
+    def _find_kept(self, begin: float) -> Receipt | None:
+        """A receipt for what is kept of an earlier merge, if it is whole."""
+        shard, reading = self._shard.shard, time.perf_counter()
+        if not shard.folder:
+            return None
+        [uri] = self._shard.file_uris
+        record = find_kept(self._storage, uri)
+        if record is None:
+            return None
+        self._bytes_read += record.size
+        self._requests += 1
+        self._seconds["fetch"] += time.perf_counter() - reading
+        return msgspec.structs.replace(
+            record,
+            plan_digest=self._shard.plan_digest,
+            shard_index=shard.index,
+            bytes_read=self._bytes_read,
+            read_requests=self._requests,
+            peak_buffer_bytes=shard.problems[0].host_bytes if self._seconds["solve"] else 0,
+            seconds=self._seconds | {"total": time.perf_counter() - begin},
+            device=device_name(self._device),
+            worker=_worker_name(),
+            rates=self._rates,
+            reused=True,
+        )
+
+    def _measure(self) -> tuple[list[torch.Tensor], int]:
+        """Results in the order of the shard's problems, and the number of tokens."""
         work = self._work
         if work.block < 0:
             hidden = torch.zeros(0)
@@ -98,7 +138,7 @@ class _StatisticsRun:
             left = runner.run(tokens, hidden, self._check_cancelled)
             results = self._results(tokens, left, runner)
         self._seconds["solve"] = time.perf_counter() - solving
-        return self._write(results, begin, int((tokens != PADDING).sum()))
+        return results, int((tokens != PADDING).sum())
 
     def _read(self) -> torch.Tensor:
         """The next of what the shard is given, flat."""
@@ -154,12 +194,12 @@ class _StatisticsRun:
             peak_buffer_bytes=shard.problems[0].host_bytes,
             seconds=self._seconds | {"total": time.perf_counter() - begin},
             device=device_name(self._device),
-            worker=f"{platform.node()}:{os.getpid()}",
+            worker=_worker_name(),
             problems=self._figures(num_tokens),
             rates=self._rates,
         )
-        write_receipt(self._storage, self._shard.output_uri, receipt)
-        self._report(len(results), shard.size)
+        if shard.folder:
+            write_record(self._storage, stat.uri, receipt)
         return receipt
 
     def _figures(self, num_tokens: int) -> tuple[ProblemFigures, ...]:
@@ -186,6 +226,10 @@ class _StatisticsRun:
         if self._on_progress is not None:
             counts = ShardCounts(num_done, num_done, num_done, self._bytes_read, bytes_written)
             self._on_progress(counts)
+
+
+def _worker_name() -> str:
+    return f"{platform.node()}:{os.getpid()}"
 
 
 class _BlockRunner:

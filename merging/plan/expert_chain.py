@@ -10,12 +10,15 @@ padding hold zeros in hidden states and -1 in tokens.
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from merging.checkpoint.index import TensorEntry
+from merging.checkpoint.index import TensorEntry, checkpoint_digest
 from merging.dtypes import is_float
 from merging.errors import RecipeError
 from merging.plan.inputs import Expert
@@ -27,15 +30,17 @@ from merging.plan.samples import read_samples
 from merging.plan.statistics_work import (
     HIDDEN,
     IDS,
+    STATISTICS_FORMAT,
     Measure,
     SampleWork,
     StatisticsWork,
     Weight,
+    kept_name,
 )
 from merging.recipe import Recipe
 from merging.recipe.calibration import join_calibration
-from merging.sampled import BIAS, LINEAR, NORM
-from merging.storage.base import Storage
+from merging.sampled import LINEAR, NORM
+from merging.storage.base import ObjectStat, Storage
 
 _BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
 _SHARED_INPUT = {
@@ -51,44 +56,60 @@ _OTHER_COMPANIONS = re.compile(r"^generation_config|processor_config|^feature_ex
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 
 
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What the chains of all experts share.
+
+    Attributes:
+        measured: Tensors of which there are statistics, with what kind (:mod:`merging.sampled`).
+        stages: To which shards are added.
+        builder: Knows the plan's files and settings.
+        recipe: Has the samples.
+        storage: Where these are.
+        threads: Torch threads of the shards.
+        folder: Where statistics are kept for other merges; "" if they are not. Those of a chain
+            through which the merged model runs are not.
+    """
+
+    measured: Mapping[str, str]
+    stages: Intermediates
+    builder: ProblemBuilder
+    recipe: Recipe
+    storage: Storage
+    threads: int
+    folder: str = ""
+
+
 class ExpertChain:
     """Adds the shards that run one expert.
 
     Args:
         number: Its place among the experts.
         expert: Its checkpoint.
-        wanted: Tensors with a rule of the method, and its name.
-        stages: To which shards are added.
-        builder: Knows the plan's files and settings.
-        recipe: Has the samples.
-        storage: Where these are.
+        measuring: What all chains share.
         warnings: What the user should know is added.
 
     Attributes:
         num_blocks: Of the model.
+        key: Whatever its statistics follow from, as a text: equal keys, equal statistics.
 
     Raises:
-        RecipeError: ``bad_parameter``: bad samples.
+        RecipeError: ``bad_parameter``: bad samples; ``incompatible_options``: texts and no
+            tokenizer.
         StorageError: Samples cannot be read.
     """
 
     def __init__(
-        self,
-        number: int,
-        expert: Expert,
-        wanted: dict[str, str],
-        stages: Intermediates,
-        builder: ProblemBuilder,
-        recipe: Recipe,
-        storage: Storage,
-        warnings: list[str],
+        self, number: int, expert: Expert, measuring: Measuring, warnings: list[str]
     ) -> None:
         self._number = number
         self._index = expert.index
-        self._wanted = wanted
-        self._stages = stages
-        self._builder = builder
-        self._storage = storage
+        self._measured = measuring.measured
+        self._stages = measuring.stages
+        self._builder = measuring.builder
+        self._storage = measuring.storage
+        self._folder = measuring.folder
+        recipe = measuring.recipe
         [(self._stack, blocks)] = stacks_of(expert.index).items()
         self.num_blocks = max(blocks) + 1
         own = recipe.models[expert.entry].calibration
@@ -97,7 +118,7 @@ class ExpertChain:
         pointer = f"/models/{expert.entry}/calibration" if "data" in own else "/calibration"
         vocab = self._index.config.get("vocab_size")
         self._samples = read_samples(
-            settings, storage, pointer, vocab_size=vocab if isinstance(vocab, int) else None
+            settings, self._storage, pointer, vocab_size=vocab if isinstance(vocab, int) else None
         )
         asked = settings.samples
         if len(self._samples.items) < asked and "samples" in {*own, *recipe.calibration}:
@@ -110,6 +131,8 @@ class ExpertChain:
         self._hidden_shape = (len(self._samples.items), self._samples.length, width)
         self._parts = self._split()
         self._blocks = {e.name: block for block, own in self._parts.items() for e in own}
+        self._tokenizer = self._tokenizer_files()
+        self.key = self._key(measuring.threads)
         self._given: tuple[Source, ...] = ()
 
     def block_of(self, tensor_name: str) -> int:
@@ -183,11 +206,28 @@ class ExpertChain:
         )
         stage = "statistics" if merged is None else "merged"
         name = f"{stage}-{self._number + 1:05d}-{block + 1:05d}.safetensors"
-        places = self._stages.write_file(problems, name)
+        if self._folder:
+            told = msgspec.json.encode([work.weights, measured, leaves], order="deterministic")
+            name = kept_name(self.key + told.decode(), block + 1)
+        places = self._stages.write_file(problems, name, self._folder)
         if leaves:
             tokens = places[IDS] if block < 0 else self._given[0]
             self._given = (tokens, places[HIDDEN])
         return {name: places[statistic] for name, statistic in made.items()}
+
+    def _key(self, threads: int) -> str:
+        told = [
+            STATISTICS_FORMAT,
+            [importlib.metadata.version(name) for name in ("torch", "transformers")],
+            threads,
+            checkpoint_digest(self._index.uri, self._index.files),
+            self._index.config,
+            self._samples.digest,
+            [(stat.uri.rpartition("/")[2], stat.size, stat.version) for stat in self._tokenizer],
+            self._hidden_shape,
+            self._samples.settings.batch,
+        ]
+        return json.dumps(told, sort_keys=True)
 
     def _split(self) -> dict[int, list[TensorEntry]]:
         """Tensors by the block whose shard reads them; -1 is what stands before the blocks."""
@@ -215,8 +255,8 @@ class ExpertChain:
         kinds: dict[tuple[str, ...], tuple[str, int]] = {}
         rows = self._hidden_shape[0] * self._hidden_shape[1]
         for entry in entries:
-            step = self._wanted.get(entry.name)
-            if step is None or step == BIAS:
+            step = self._measured.get(entry.name)
+            if step is None:
                 continue
             role = role_of(self._index, entry)
             module = entry.name.removesuffix(".weight")
@@ -243,15 +283,9 @@ class ExpertChain:
         samples = self._samples
         sources = []
         if samples.file is not None:
-            sources.append(self._whole_file(samples.file.uri))
-        names: tuple[str, ...] = ()
-        if samples.needs_tokenizer:
-            found = sorted(self._index.companions)
-            names = tuple(name for name in found if not _OTHER_COMPANIONS.search(name))
-        if samples.needs_tokenizer and all("chat_template" in name for name in names):
-            detail = f"{self._index.uri} has no tokenizer; give token ids instead of texts."
-            raise RecipeError(detail, code="incompatible_options")
-        sources += [self._whole_file(f"{self._index.uri}/{name}") for name in names]
+            sources.append(self._whole_file(samples.file))
+        sources += [self._whole_file(stat) for stat in self._tokenizer]
+        names = tuple(stat.uri[len(self._index.uri) + 1 :] for stat in self._tokenizer)
         work = SampleWork(
             settings=samples.settings.model_dump(mode="json"),
             items=None if samples.file else samples.items,
@@ -260,8 +294,18 @@ class ExpertChain:
         )
         return work, tuple(sources)
 
-    def _whole_file(self, uri: str) -> Source:
-        stat = self._storage.stat(uri)
+    def _tokenizer_files(self) -> list[ObjectStat]:
+        """Files of the expert's tokenizer; none where samples are tokens."""
+        if not self._samples.needs_tokenizer:
+            return []
+        found = sorted(self._index.companions)
+        names = [name for name in found if not _OTHER_COMPANIONS.search(name)]
+        if all("chat_template" in name for name in names):
+            detail = f"{self._index.uri} has no tokenizer; give token ids instead of texts."
+            raise RecipeError(detail, code="incompatible_options")
+        return [self._storage.stat(f"{self._index.uri}/{name}") for name in names]
+
+    def _whole_file(self, stat: ObjectStat) -> Source:
         self._builder.files.append(SourceFile(stat.uri, stat.size, stat.version))
         return Source(len(self._builder.files) - 1, 0, stat.size, "U8")
 

@@ -96,10 +96,18 @@ class Intermediates:
             sources.append(self._add(shard)[problem.tensor_name])
         return sources
 
-    def write_file(self, problems: Sequence[Problem], file_name: str) -> dict[str, Source]:
-        """Have these results, made together, written to one file; where each will be."""
+    def write_file(
+        self, problems: Sequence[Problem], file_name: str, folder: str = ""
+    ) -> dict[str, Source]:
+        """Have these results, made together, written to one file; where each will be.
+
+        Args:
+            problems: Whose results.
+            file_name: Of the file.
+            folder: Where it is kept for other merges; by default it goes with this one.
+        """
         shard = make_shard(len(self.shards), file_name, problems, kind="intermediate")
-        return self._add(shard)
+        return self._add(msgspec.structs.replace(shard, folder=folder))
 
     def write_output(self, problems: Sequence[Problem]) -> dict[str, Source]:
         """Have these tensors of the output written before others; where each will be."""

@@ -100,7 +100,8 @@ def _file_name(stage: str, number: int, count: int) -> str:
 
 def made_file(output_uri: str, shard: Shard) -> SourceFile:
     """A shard's file as a source of later shards, to be addressed and pinned when it is there."""
-    uri = output_uri if shard.is_output else f"{output_uri}/{WORKSPACE}/{shard.file_name}"
+    folder = shard.folder or f"{output_uri}/{WORKSPACE}"
+    uri = output_uri if shard.is_output else f"{folder}/{shard.file_name}"
     return SourceFile(uri, shard.size, "", shard.index)
 
 

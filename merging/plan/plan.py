@@ -17,7 +17,7 @@ import msgspec
 from merging.checkpoint.vocabulary import AddedToken
 from merging.plan.outputs import Companion, Variant
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 """Version of the serialised form; a worker refuses a plan of another one."""
 
 WORKSPACE = ".mergeyard"
@@ -222,6 +222,8 @@ class Shard(msgspec.Struct, frozen=True):
 
     Every variant of a sweep has a file of weights of the same name and size: the shard is all of
     them.
+
+    ``folder`` is where an intermediate file lies that other merges use too (:mod:`merging.kept`).
     """
 
     index: int
@@ -230,6 +232,7 @@ class Shard(msgspec.Struct, frozen=True):
     problems: tuple[Problem, ...]
     kind: Kind = "weights"
     num_files: int = 1
+    folder: str = ""
 
     @property
     def is_output(self) -> bool:
@@ -480,5 +483,6 @@ def file_uris(
 
 def file_uri(output_uri: str, plan_digest: str, shard: Shard) -> str:
     """Address of a shard's file."""
-    folder = output_uri if shard.is_output else workspace_uri(output_uri, plan_digest)
+    workspace = shard.folder or workspace_uri(output_uri, plan_digest)
+    folder = output_uri if shard.is_output else workspace
     return f"{folder}/{shard.file_name}"

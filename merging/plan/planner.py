@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from merging.checkpoint.adapter import AdapterIndex
-from merging.checkpoint.index import CheckpointIndex
+from merging.checkpoint.index import CheckpointIndex, checkpoint_digest
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.alignment import align, with_output_rows
@@ -99,7 +98,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     problems = builder.build(tensors)
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
-    problems = add_statistics(problems, stages, builder, stored, recipe, storage, warnings)
+    problems = add_statistics(problems, stages, builder, stored, recipe, options, storage, warnings)
     if not variants:
         problems = Staging(stages).stage(problems)
         problems = divide_large(problems, stages, options.workers or 1, warnings)
@@ -170,7 +169,7 @@ def check_output_free(storage: Storage, output_uri: str) -> None:
 def _inputs(inputs: Inputs) -> tuple[Input, ...]:
     bases = ([inputs.base] if inputs.base else []) + list(inputs.slice_bases)
     return (
-        *(Input(base.uri, "base", checkpoint_digest(base)) for base in bases),
+        *(Input(base.uri, "base", checkpoint_digest(base.uri, base.files)) for base in bases),
         *(_expert_input(expert, inputs.base) for expert in inputs.experts),
     )
 
@@ -183,22 +182,15 @@ def _names(inputs: Inputs) -> list[str]:
 
 def _expert_input(expert: Expert, base: CheckpointIndex | None) -> Input:
     """An expert; one that is an adapter of the base model goes by the adapter's address."""
-    digest = checkpoint_digest(expert.index)
+    digest = checkpoint_digest(expert.index.uri, expert.index.files)
     adapter = expert.adapter
     if adapter is None:
         return Input(expert.index.uri, "expert", digest)
     uri = adapter.uri if expert.index is base else f"{expert.index.uri}+{adapter.uri}"
-    both = "\n".join((digest, checkpoint_digest(adapter), adapter.config_version))
+    both = "\n".join(
+        (digest, checkpoint_digest(adapter.uri, adapter.files), adapter.config_version)
+    )
     return Input(uri, "expert", f"sha256:{hashlib.sha256(both.encode()).hexdigest()}")
-
-
-def checkpoint_digest(index: CheckpointIndex | AdapterIndex) -> str:
-    """``sha256:…`` over names, sizes and versions of the weight files (not over the weights)."""
-    digest = hashlib.sha256()
-    for file in index.files:
-        name = file.uri[len(index.uri) + 1 :]
-        digest.update(f"{name}\n{file.size}\n{file.version}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _totals(shards: Sequence[Shard]) -> Totals:

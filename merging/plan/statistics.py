@@ -17,7 +17,8 @@ import msgspec
 
 from merging.errors import RecipeError
 from merging.method import MergeMethod
-from merging.plan.expert_chain import ExpertChain
+from merging.options import MergeOptions
+from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import Problem, Source
@@ -36,6 +37,7 @@ def add_statistics(
     builder: ProblemBuilder,
     inputs: Inputs,
     recipe: Recipe,
+    options: MergeOptions,
     storage: Storage,
     warnings: list[str],
 ) -> list[Problem]:
@@ -47,13 +49,14 @@ def add_statistics(
         builder: Knows the plan's files and settings.
         inputs: The checkpoints.
         recipe: Has the samples.
-        storage: Where these are.
+        options: Say where statistics are kept.
+        storage: Where samples are.
         warnings: What the user should know is added.
 
     Raises:
         RecipeError: ``incompatible_options``: a model that cannot be run block by block;
             ``bad_parameter``: bad samples.
-        StorageError: Samples cannot be read.
+        StorageError: Samples cannot be read, or statistics may not be kept there.
     """
     if not inputs.method.calibrated:
         return list(problems)
@@ -61,14 +64,27 @@ def add_statistics(
     if faults:
         raise RecipeError(faults[0].detail, code=faults[0].code, faults=faults)
     wanted = _wanted(problems, inputs.method, stages)
+    is_kept = options.statistics_uri is not None and not inputs.method.sequential
+    measuring = Measuring(
+        measured=_measured(problems, wanted, recipe, is_kept=is_kept),
+        stages=stages,
+        builder=builder,
+        recipe=recipe,
+        storage=storage,
+        threads=options.threads,
+        folder=storage.normalise(options.statistics_uri or "") if is_kept else "",
+    )
     chains = [
-        ExpertChain(number, expert, wanted, stages, builder, recipe, storage, warnings)
-        for number, expert in enumerate(inputs.experts)
+        ExpertChain(n, expert, measuring, warnings) for n, expert in enumerate(inputs.experts)
     ]
     if inputs.method.sequential:
         return _merge_in_turn(problems, wanted, chains, stages)
-    found = [_run(chain) for chain in chains]
-    return [_with_statistics(problem, wanted, found, stages) for problem in problems]
+    found: dict[str, dict[str, Source]] = {}
+    for chain in chains:
+        if chain.key not in found:
+            found[chain.key] = _run(chain)
+    statistics = [found[chain.key] for chain in chains]
+    return [_with_statistics(problem, wanted, statistics, stages) for problem in problems]
 
 
 def _merge_in_turn(
@@ -145,3 +161,17 @@ def _step(problem: Problem) -> str:
     if is_weight and len(problem.shape) == 2 and problem.role.startswith(_LINEAR):
         return LINEAR
     return ""
+
+
+def _measured(
+    problems: Sequence[Problem], wanted: Mapping[str, str], recipe: Recipe, *, is_kept: bool
+) -> dict[str, str]:
+    """Tensors of which there are statistics, with what kind.
+
+    Of those that are kept more than are wanted, for other methods: norms cost next to nothing. Not
+    where the recipe chooses its tensors one by one, which may be since others cannot be measured.
+    """
+    found = {name: step for name, step in wanted.items() if step != BIAS}
+    if is_kept and LINEAR in found.values() and isinstance(recipe.parameters.get("touch", ""), str):
+        found |= {p.tensor_name: NORM for p in problems if _step(p) == NORM}
+    return found

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import Any
 
 import msgspec
 
+_KEPT_NAME = re.compile(r"statistics-[0-9a-f]{40}-\d{5}\.safetensors")
+
+STATISTICS_FORMAT = 1
+"""What kept statistics mean: raised when other numbers are measured, or in another way."""
+
 IDS = "tokens"
 HIDDEN = "hidden"
 """Names of tensors that the first shard of an expert leaves, and all of them, for the next one."""
+
+
+def kept_name(key: str, number: int) -> str:
+    """Name of a file that is kept for other merges (:mod:`merging.kept`).
+
+    Args:
+        key: Whatever its bytes follow from, as a text.
+        number: Its place in a chain of files.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()[:40]
+    return f"statistics-{digest}-{number:05d}.safetensors"
+
+
+def is_kept_name(name: str) -> bool:
+    """Whether :func:`kept_name` gives such names."""
+    return _KEPT_NAME.fullmatch(name) is not None
 
 
 class Weight(msgspec.Struct, frozen=True, array_like=True):

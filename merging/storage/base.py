@@ -7,7 +7,7 @@ only :class:`merging.errors.StorageError`. Implementations are safe to call from
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Container
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -101,7 +101,7 @@ class Storage(Protocol):
         """Remove an object; nothing happens if it is not there."""
 
     def discard_unfinished(
-        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+        self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:
         """Drop streamed writes to objects of a folder whose writers are gone for good.
 

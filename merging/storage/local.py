@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat as stat_flags
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +134,7 @@ class LocalStorage:
     def discard_unfinished(
         self,
         folder: str,
-        names: Collection[str],  # noqa: ARG002 - a hidden file does not say what it was to be
+        names: Container[str],  # noqa: ARG002 - a hidden file does not say what it was to be
         *,
         since: datetime,
         until: datetime,

@@ -5,7 +5,7 @@ To add a backend, write its file beside this one and name it in ``_BACKENDS``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -109,7 +109,7 @@ class Router:
         backend.delete(uri)
 
     def discard_unfinished(
-        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+        self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:
         """See :meth:`Storage.discard_unfinished`."""
         backend, folder = self._route(folder)

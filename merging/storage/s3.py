@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
@@ -166,7 +166,7 @@ class S3Storage:
                 raise
 
     def discard_unfinished(
-        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+        self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:
         """See :meth:`Storage.discard_unfinished`: aborts multipart uploads."""
         at = Location.parse(folder)

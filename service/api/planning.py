@@ -13,10 +13,13 @@ from service.api.schemas import PlanRequest
 
 def with_defaults(services: Services, request: PlanRequest) -> PlanRequest:
     """The request with what the service's settings say where its options say nothing."""
-    if request.options.workers is not None:
-        return request
-    options = request.options.model_copy(update={"workers": services.settings.workers_per_job})
-    return request.model_copy(update={"options": options})
+    settings, options = services.settings, request.options
+    defaults = {
+        "workers": settings.workers_per_job,
+        "statistics_uri": settings.statistics_uri,
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return request.model_copy(update={"options": options.model_copy(update=missing)})
 
 
 async def plan_merge(services: Services, request: PlanRequest) -> Plan:

@@ -331,6 +331,13 @@ class Leftover(msgspec.Struct, frozen=True):
     ended_at: datetime
 
 
+class KeptInUse(msgspec.Struct, frozen=True):
+    """Names of kept files that jobs may want; those that ended ``before`` then want none."""
+
+    names: frozenset[str]
+    before: datetime
+
+
 class IdempotencyRequest(msgspec.Struct, frozen=True):
     """An ``Idempotency-Key`` with its scope; ``fingerprint`` is a hash of the canonical body."""
 

@@ -10,11 +10,11 @@ import sqlalchemy as sa
 from merging.plan.plan import Plan
 from service.jobs.errors import IllegalTransitionError, OutputInUseError
 from service.jobs.overlap import overlap
-from service.jobs.records import JobRecord, Leftover
+from service.jobs.records import JobRecord, KeptInUse, Leftover
 from service.jobs.rows import unpack
 from service.jobs.sql_base import SqlBase
 from service.jobs.states import TERMINAL, JobState
-from service.jobs.tables import documents, jobs, leftovers
+from service.jobs.tables import documents, jobs, leftovers, shards
 
 
 class LeftoverStatements(SqlBase):
@@ -76,6 +76,25 @@ class LeftoverStatements(SqlBase):
             else:
                 change = sa.update(leftovers).where(*place)
                 connection.execute(change.values(collecting_until=None))
+
+    def kept_in_use(self, kept_seconds: float) -> KeptInUse:
+        """See :meth:`service.jobs.store.Leftovers.kept_in_use`."""
+        with self._read() as connection:
+            before = self._now(connection) - timedelta(seconds=kept_seconds)
+            query = (
+                sa.select(shards.c.file_name)
+                .distinct()
+                .join(jobs, jobs.c.id == shards.c.job_id)
+                .where(
+                    shards.c.kind == "intermediate",
+                    shards.c.file_name.startswith("statistics-"),
+                    sa.or_(
+                        jobs.c.state.not_in([str(state) for state in TERMINAL]),
+                        jobs.c.finished_at > before,
+                    ),
+                )
+            )
+            return KeptInUse(frozenset(connection.scalars(query)), before)
 
 
 def keep_leftover(connection: sa.Connection, job: JobRecord, ended_at: datetime) -> None:

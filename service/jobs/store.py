@@ -31,6 +31,7 @@ from service.jobs.records import (
     JobCursor,
     JobFilter,
     JobRecord,
+    KeptInUse,
     Leftover,
     NewJob,
     NewPlan,
@@ -337,6 +338,9 @@ class Leftovers(Protocol):
 
     def end_collection(self, leftover: Leftover, *, is_gone: bool) -> None:
         """Give one back; if it ``is_gone``, for good."""
+
+    def kept_in_use(self, kept_seconds: float) -> KeptInUse:
+        """The files of statistics that jobs may still want, those that ended so long ago not."""
 
 
 class JobStore(

@@ -129,7 +129,9 @@ class _MeteredStore(ObservedStore):
         kinds = {storage_kind(item["uri"]) for item in job.inputs}
         backend = kinds.pop() if len(kinds) == 1 else "mixed"
         metrics.bytes_read.labels(backend).inc(receipt["bytes_read"])
-        metrics.bytes_written.labels(storage_kind(job.output_uri)).inc(receipt["size"])
+        metrics.bytes_written.labels(storage_kind(job.output_uri)).inc(
+            0 if receipt["reused"] else receipt["size"]
+        )
         peak = receipt["peak_buffer_bytes"]
         metrics.peak_memory.labels(job.method).observe(peak)
         planned = self._planned_bytes.get(claim.job_id)

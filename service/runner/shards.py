@@ -154,7 +154,7 @@ class ShardDesk:
             shard_index=receipt.shard_index,
             attempt=attempt,
             bytes_read=receipt.bytes_read,
-            bytes_written=receipt.size,
+            bytes_written=receipt.bytes_written,
             duration_seconds=round(receipt.seconds.get("total", 0.0), 3),
             worker=receipt.worker,
             device=receipt.device,

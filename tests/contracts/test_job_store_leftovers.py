@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import msgspec
 import pytest
 
+from merging.plan.plan import Plan
+from merging.plan.statistics_work import kept_name
 from service.jobs.errors import IllegalTransitionError, NotFoundError, OutputInUseError
 from service.jobs.records import Claim, JobRecord
 from service.jobs.sql_store import SqlJobStore
@@ -231,3 +236,35 @@ def test_many_collectors_never_remove_the_same(store: SqlJobStore, clock: FakeCl
     while (late := store.take_leftover(KEPT, LEASE)) is not None:  # skipped while others held it
         taken.append(late.job_id)
     assert sorted(taken) == sorted(expected)
+
+
+def plan_with_statistics(output_uri: str, *names: str) -> Plan:
+    plan = tiny_plan(output_uri, shards=len(names) + 1)
+    early = [
+        msgspec.structs.replace(shard, file_name=name, kind="intermediate", folder="/kept")
+        for shard, name in zip(plan.shards, names, strict=False)
+    ]
+    return msgspec.structs.replace(plan, shards=(*early, plan.shards[-1]))
+
+
+def test_statistics_are_in_use_while_a_job_wants_them_and_for_a_while_after(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    first, second = kept_name("a", 0), kept_name("b", 1)
+    claims = []
+    for number, names in enumerate(([first], [first, second])):
+        store.submit(new_job(output_uri=f"/outputs/{number}"))
+        claim = store.claim("runner-1", 10 * KEPT)
+        assert claim is not None
+        store.save_plan(claim, plan_with_statistics(f"/outputs/{number}", *names))
+        claims.append(claim)
+    assert store.kept_in_use(0).names == {first, second}
+    assert store.kept_in_use(KEPT).before == clock() - timedelta(seconds=KEPT)
+    store.transition(claims[1], JobState.FAILED, error=ERROR)
+    clock.advance(KEPT - 1)
+    assert store.kept_in_use(KEPT).names == {first, second}
+    clock.advance(1)
+    assert store.kept_in_use(KEPT).names == {first}
+    store.transition(claims[0], JobState.FAILED, error=ERROR)
+    assert store.kept_in_use(KEPT).names == {first}
+    assert store.kept_in_use(0).names == frozenset()

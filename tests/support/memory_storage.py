@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -105,7 +105,7 @@ class MemoryStorage:
             self._objects.pop(self.normalise(uri), None)
 
     def discard_unfinished(
-        self, folder: str, names: Collection[str], *, since: datetime, until: datetime
+        self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:
         """See :meth:`merging.storage.base.Storage.discard_unfinished`: writers keep their own."""
         return 0

@@ -48,3 +48,36 @@ def test_the_server_sends_exactly_the_planned_bytes(
     run_plan(make_plan(parse_recipe(local), storage, options, str(tmp_path / "local")), storage)
     copy = download_prefix(s3_env, f"s3://{bucket}/merged", tmp_path / "copy")
     assert weight_bytes(copy) == weight_bytes(tmp_path / "local")
+
+
+def test_a_second_merge_reads_what_is_kept_and_no_expert_for_it(
+    s3_env: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    paths = write_models(tmp_path / "models", "gpt2", 2)
+    uris = [upload_folder(s3_env, path, bucket, path.name) for path in paths]
+    storage, kept = open_storage(), f"s3://{bucket}/kept"
+    first, second = (
+        make_plan(
+            parse_recipe(calibrated_recipe(uris, method)),
+            storage,
+            MergeOptions(statistics_uri=kept),
+            f"s3://{bucket}/{method}",
+        )
+        for method in ("lot", "cat")
+    )
+    run_plan(first, storage)
+    receipts: dict[int, Receipt] = {}
+    for shard in second.shards:
+        before = s3_env.bytes_sent(bucket)
+        run_shards(second, storage, [shard], receipts)
+        sent = s3_env.bytes_sent(bucket) - before
+        if shard.folder:
+            record = storage.stat(f"{kept}/{shard.file_name}.json").size
+            assert sent == shard.size + record
+            assert receipts[shard.index].bytes_read == shard.size
+            assert receipts[shard.index].reused
+        else:
+            assert sent == receipts[shard.index].bytes_read == shard.bytes_read
+    report = publish(second, list(receipts.values()), storage)
+    assert report["bytes_intermediate"] == 0
+    assert len(storage.list(kept)) == 2 * len([s for s in first.shards if s.folder])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from merging.errors import CheckpointError, MergeError, StorageError
+from merging.plan.statistics_work import kept_name
 from service.jobs.records import JobRecord
 from service.jobs.states import JobState
-from service.runner.collector import Collector
+from service.runner.collector import Collector, KeptStatistics
 from tests.support.fake_pool import FakePool
+from tests.support.jobs import tiny_plan
 from tests.support.runner_bench import NUM_SHARDS, Bench
 from workers.messages import ShardTask
 
@@ -77,3 +81,24 @@ def test_what_storage_refuses_is_tried_another_time_and_keeps_nothing_else(bench
     bench.storage.delete = delete  # type: ignore[method-assign]
     collector(bench).collect_all()
     assert bench.output(jobs[0]) == set()
+
+
+def test_statistics_that_no_job_wants_are_removed_and_nothing_else(bench: Bench) -> None:
+    wanted, unused = kept_name("wanted", 1), kept_name("unused", 1)
+    others = ["model.safetensors", "statistics-00001-00001.safetensors", f"deeper/{unused}"]
+    for name in (wanted, unused, *others):
+        for ending in ("", ".json"):
+            bench.storage.write_bytes(f"mem://kept/{name}{ending}", b"x")
+    bench.submit()
+    claim = bench.store.claim("other", 60)
+    assert claim is not None
+    plan = tiny_plan(claim.job.output_uri)
+    first = msgspec.structs.replace(plan.shards[0], file_name=wanted, kind="intermediate")
+    shards = (first, *plan.shards[1:])
+    bench.store.save_plan(claim, msgspec.structs.replace(plan, shards=shards))
+    statistics = KeptStatistics("mem://kept", KEPT)
+    Collector(
+        bench.store, lambda: bench.storage, kept_seconds=KEPT, statistics=statistics
+    ).collect_statistics()
+    left = {item.uri.removeprefix("mem://kept/") for item in bench.storage.list("mem://kept")}
+    assert left == {f"{name}{ending}" for name in (wanted, *others) for ending in ("", ".json")}
