@@ -80,9 +80,9 @@ def read_features(
     sums: FeatureSums | None = None
     for tensor in inputs:
         work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        value = tensor.view(layer.shape).to(work)
+        value = tensor.view(layer.shape).to(work, copy=True)  # its memory goes with the next input
         if base is not None:
-            value = value - base.to(work)
+            value -= base.to(work)
         value = value.t() if layer.transposed else value
         with float32_products(value.device):
             gram, count = as_gram(next(inputs).to(work), value.shape[1])
