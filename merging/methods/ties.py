@@ -24,9 +24,7 @@ from pydantic import Field
 from merging.method import (
     Cost,
     Geometry,
-    MergeFunction,
     MergeMethod,
-    Reduction,
     Staged,
     Step,
     Task,
@@ -34,12 +32,13 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.bins import COARSE_BINS, FINE_BINS, numbers_of
 from merging.ops.blocks import elementwise_workspace, work_dtype
+from merging.thresholds import Thresholds
 
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.quantiles import Rank, Row
     from merging.ops.sparsify import KeepFromThresholds
 
 
@@ -131,42 +130,25 @@ def _merge_trimmed(
     )
 
 
+def _rows(base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task) -> Iterator[Row | None]:
+    """Magnitudes of the task vectors that are trimmed."""
+    from merging.ops.quantiles import magnitudes
+
+    for expert, density in zip(experts, _densities(task), strict=True):
+        yield magnitudes(base, expert) if density < 1 else None
+
+
+def _ranks(task: Task) -> list[Rank | None]:
+    """Of the whole model the paper's threshold; of a tensor, the last that is kept."""
+    from merging.ops.quantiles import first_beyond_largest, last_of_largest
+
+    is_global = task.parameters.scope == "global"
+    rank = first_beyond_largest if is_global else last_of_largest
+    return [rank(density) if density < 1 else None for density in _densities(task)]
+
+
 def _densities(task: Task) -> list[float]:
     return [parameters.density for parameters in task.expert_parameters]
-
-
-def _count_coarse(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    from merging.ops.quantiles import count_coarse
-
-    assert base is not None
-    return count_coarse(base, experts, _densities(task), is_tile=task.offset > 0)
-
-
-def _count_fine(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    from merging.ops.quantiles import count_fine
-
-    assert base is not None
-    return count_fine(base, experts, task.given[0], is_tile=task.offset > 0)
-
-
-def _choose_coarse(
-    _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    from merging.ops.quantiles import choose_coarse
-
-    return choose_coarse(counts, _densities(task), keeps_ties=task.parameters.scope == "global")
-
-
-def _choose_fine(
-    _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    from merging.ops.quantiles import choose_fine
-
-    return choose_fine(counts, task.given[0], keeps_ties=task.parameters.scope == "global")
 
 
 def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
@@ -186,48 +168,17 @@ def _finish_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     )
 
 
-def _count_cost(geometry: Geometry, _: TiesParameters) -> Cost:
-    """A histogram takes a few operators per entry; those of all experts are held twice."""
-    num_entries, num_experts = geometry.num_entries, geometry.num_experts
-    return Cost(
-        flops=6.0 * num_experts * num_entries,
-        workspace_bytes=2 * 8 * num_experts * FINE_BINS
-        + elementwise_workspace(num_entries, num_buffers=6),
-    )
-
-
-def _choose_cost(geometry: Geometry, _: TiesParameters) -> Cost:
-    return Cost(
-        flops=float(geometry.num_experts * geometry.num_entries),
-        workspace_bytes=4 * 8 * geometry.num_entries,
-    )
-
-
 def _group(parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Any:
     """Tensors of the whole model share a threshold where their densities are the same."""
     densities = [expert.density for expert in experts]
     return densities if parameters.scope == "global" and min(densities) < 1 else None
 
 
-def _reduction(name: str, bins: int, count: MergeFunction, choose: MergeFunction) -> Reduction:
-    return Reduction(
-        name=name,
-        map=Step(merge=count, cost=_count_cost, separable="sum"),
-        entries=lambda g: g.num_experts * numbers_of(g.num_entries, bins),
-        dtype="I64",
-        combine=Step(merge=choose, cost=_choose_cost, separable="whole", streaming=True, flat=True),
-        combined_entries=lambda num_experts: 2 * num_experts,
-        combined_dtype="I64",
-    )
-
-
-STAGED = Staged(
-    reductions=(
-        _reduction("coarse-counts", COARSE_BINS, _count_coarse, _choose_coarse),
-        _reduction("fine-counts", FINE_BINS, _count_fine, _choose_fine),
-    ),
-    finish=Step(merge=finish_ties, cost=_finish_cost),
-    group=_group,
+THRESHOLDS = Thresholds(
+    name="",
+    rows=_rows,
+    ranks=_ranks,
+    keeps_ties=lambda task: task.parameters.scope == "global",
 )
 
 register(
@@ -245,6 +196,10 @@ register(
         parameters=TiesParameters,
         expert_parameters=TiesExpertParameters,
         separable="whole",
-        staged=STAGED,
+        staged=Staged(
+            reductions=THRESHOLDS.reductions(),
+            finish=Step(merge=finish_ties, cost=_finish_cost),
+            group=_group,
+        ),
     )
 )

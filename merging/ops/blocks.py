@@ -30,9 +30,9 @@ def block_size(device: torch.device) -> int:
     return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
-def blocks_of(num_entries: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover a flat tensor, block by block, in order."""
-    size = block_size(device)
+def blocks_of(num_entries: int, device: torch.device, rows: int = 1) -> Iterator[slice]:
+    """Slices that cover a flat tensor, or so many at once, block by block, in order."""
+    size = max(1, block_size(device) // rows)
     for start in range(0, num_entries, size):
         yield slice(start, min(start + size, num_entries))
 

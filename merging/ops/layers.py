@@ -152,11 +152,11 @@ def _read_adapters(
     base: torch.Tensor, experts: Iterator[Expert], *, transposed: bool
 ) -> LayerProblem:
     """The problem of a layer whose experts are all adapters, without a dense task vector."""
-    adapters = [_as_layer(expert, transposed=transposed) for expert in experts]
+    adapters = [as_layer(expert, transposed=transposed) for expert in experts]
     return FactorProblem(new_task_vector(base, adapters[0], transposed=transposed), adapters)
 
 
-def _as_layer(expert: Expert, *, transposed: bool) -> Adapter:
+def as_layer(expert: Expert, *, transposed: bool) -> Adapter:
     """An adapter of a stored tensor as one of the layer, O×I."""
     assert isinstance(expert, Adapter), "a task has ranks only where all experts are adapters"
     return expert.transpose() if transposed else expert
@@ -180,11 +180,23 @@ def write_task_vector(
 ) -> None:
     """Write expert minus base to a matrix, both raised to its dtype first, or an adapter's part."""
     if isinstance(expert, Adapter):
-        _as_layer(expert, transposed=transposed).write(T)
+        as_layer(expert, transposed=transposed).write(T)
         return
     T.copy_(as_matrix(expert, transposed=transposed))
     for T_rows, base_rows in _row_blocks(T, as_matrix(base, transposed=transposed)):
         T_rows.sub_(base_rows)
+
+
+def read_task_vectors(
+    base: torch.Tensor, experts: Iterator[Expert], *, transposed: bool
+) -> list[torch.Tensor]:
+    """The task vectors (O×I) of all experts, in memory of their own."""
+    vectors: list[torch.Tensor] = []
+    for expert in experts:
+        T = new_task_vector(base, expert, transposed=transposed)
+        write_task_vector(T, base, expert, transposed=transposed)
+        vectors.append(T)
+    return vectors
 
 
 def add_to_base(base: torch.Tensor, M: torch.Tensor, task: LayerTask) -> torch.Tensor:

@@ -1,21 +1,21 @@
-"""Exact order statistics of task vectors too long to be held at once: by two histograms.
+"""Exact order statistics of numbers too many to be held at once: by two histograms.
 
 The bit pattern of a non-negative float32 grows with the number. A histogram of the upper 15 of its
-31 bits finds where the k-th largest magnitude lies, one of the lower 16 among those that share
-these bits finds it exactly. Counts are whole numbers: they add up to the same in any order, however
-a vector is cut.
+31 bits finds where the k-th largest lies, one of the lower 16 among those that share these bits
+finds it exactly. Counts are whole numbers: they add up to the same in any order, however a tensor
+is cut.
 
-A tensor with fewer entries than a histogram has bins gives its patterns instead. Magnitudes of
-float64 task vectors count as the float32 nearest to them.
+A tensor with fewer entries than a histogram has bins gives its patterns instead. Numbers in float64
+count as the float32 nearest to them.
 
-Shapes: E experts, N entries of a tensor or tile; results are flat and hold one expert after
-another.
+Numbers come in *rows*, each with a rank that is sought in it over all tensors: the magnitudes of an
+expert's task vector, say. Results are flat and hold one row after another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -24,48 +24,73 @@ from merging.ops.blocks import blocks_of, work_dtype
 
 _LOW_BITS = 16
 _ALL = -1
-"""In place of a pattern's upper bits: nothing is trimmed. In place of a count: as many as there
-are."""
+"""In place of a pattern's upper bits: no rank is sought. In place of a count: as many as there are.
+In place of a pattern: none."""
+
+Row = Callable[[slice], torch.Tensor]
+"""The non-negative numbers of a block of a tensor's, or a tile's, flat entries."""
+
+Rank = Callable[[int], int]
+"""Which of so many numbers is sought, counted from the largest, which is 1."""
+
+
+def last_of_largest(share: float) -> Rank:
+    """The last of so large a share of the numbers, the largest; at least the first."""
+    return lambda size: max(1, int(share * size))
+
+
+def first_beyond_largest(share: float) -> Rank:
+    """The first that is not of the share: the (D - ⌊share D⌋)-th smallest of D."""
+    return lambda size: min(int(share * size) + 1, size)
+
+
+def row_of(numbers_N: torch.Tensor) -> Row:
+    """The magnitudes of numbers that are at hand; there may be fewer than entries."""
+    return lambda block: numbers_N[block].abs()
+
+
+def magnitudes(base: torch.Tensor, expert: torch.Tensor) -> Row:
+    """Those of a task vector's entries."""
+    base_N, expert_N = base.reshape(-1), expert.reshape(-1)
+    dtype = work_dtype((base, expert))
+    return lambda block: expert_N[block].to(dtype).sub(base_N[block].to(dtype)).abs_()
 
 
 def count_coarse(
-    base: torch.Tensor,
-    experts: Iterator[torch.Tensor],
-    densities: Sequence[float],
-    *,
-    is_tile: bool,
+    rows: Iterable[Row | None], num_entries: int, device: torch.device, *, is_tile: bool
 ) -> torch.Tensor:
-    """Histograms of the patterns' upper bits; zeros for experts of density 1.
+    """Histograms of the patterns' upper bits; nothing for rows in which no rank is sought.
 
     Args:
-        base: Base tensor, or a tile of it.
-        experts: Expert tensors likewise.
-        densities: Share of each that is to be kept.
+        rows: Numbers of a tensor, or of a tile of one.
+        num_entries: Of each row; the histograms' size depends on it.
+        device: Where the numbers are.
         is_tile: There are other tiles: these are counts even if the entries are few.
     """
     parts = []
-    for expert, density in zip(experts, densities, strict=True):
-        counter = _Counter(base.numel(), COARSE_BINS, base.device, is_tile=is_tile)
-        if density < 1:
-            for patterns, target in counter.blocks(base, expert):
+    for row in rows:
+        counter = _Counter(num_entries, COARSE_BINS, device, is_tile=is_tile)
+        if row is not None:
+            for patterns, target in counter.blocks(row):
                 counter.add(patterns if counter.is_raw else patterns >> _LOW_BITS, target)
         parts.append(counter.counts)
     return torch.cat(parts)
 
 
 def count_fine(
-    base: torch.Tensor,
-    experts: Iterator[torch.Tensor],
-    chosen_E2: torch.Tensor,
+    rows: Iterable[Row | None],
+    chosen_R2: torch.Tensor,
+    num_entries: int,
+    device: torch.device,
     *,
     is_tile: bool,
 ) -> torch.Tensor:
     """Histograms of the lower bits of the patterns whose upper ones :func:`choose_coarse` chose."""
     parts = []
-    for expert, upper in zip(experts, chosen_E2.view(-1, 2)[:, 0].tolist(), strict=True):
-        counter = _Counter(base.numel(), FINE_BINS, base.device, is_tile=is_tile)
-        if upper != _ALL:
-            for patterns, target in counter.blocks(base, expert):
+    for row, upper in zip(rows, chosen_R2.view(-1, 2)[:, 0].tolist(), strict=True):
+        counter = _Counter(num_entries, FINE_BINS, device, is_tile=is_tile)
+        if row is not None and upper != _ALL:
+            for patterns, target in counter.blocks(row):
                 is_there = patterns >> _LOW_BITS == upper
                 if counter.is_raw:
                     counter.add(patterns.where(is_there, _ALL), target)
@@ -75,49 +100,44 @@ def count_fine(
     return torch.cat(parts)
 
 
-def choose_coarse(
-    parts: Iterator[torch.Tensor], densities: Sequence[float], *, keeps_ties: bool
-) -> torch.Tensor:
-    """From all tensors' counts: in which bin each threshold lies, and its rank there from above.
+def choose_coarse(parts: Iterable[torch.Tensor], ranks: Sequence[Rank | None]) -> torch.Tensor:
+    """From all tensors' counts: in which bin each row's number lies, and its rank there from above.
 
     Args:
         parts: Results of :func:`count_coarse`.
-        densities: Share to keep of each expert's D entries.
-        keeps_ties: The threshold is the (D − ⌊density·D⌋)-th smallest, and all entries of that
-            magnitude stay; otherwise exactly max(1, ⌊density·D⌋) entries stay.
+        ranks: Which number of each row is sought, if any.
     """
-    counts, num_entries = _add_up(parts, len(densities), COARSE_BINS, _LOW_BITS)
+    counts, num_entries = _add_up(parts, len(ranks), COARSE_BINS, _LOW_BITS)
     rows = []
-    for expert, density in enumerate(densities):
-        if density == 1 or not num_entries[expert]:
+    for number, rank in enumerate(ranks):
+        if rank is None or not num_entries[number]:
             rows += [_ALL, _ALL]
             continue
-        kept = int(density * num_entries[expert])
-        rank = min(kept + 1, num_entries[expert]) if keeps_ties else max(1, kept)
-        upper, above = _from_above(counts[expert], rank)
-        rows += [upper, rank - above]
+        place = rank(num_entries[number])
+        upper, above = _from_above(counts[number], place)
+        rows += [upper, place - above]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def choose_fine(
-    parts: Iterator[torch.Tensor], chosen_E2: torch.Tensor, *, keeps_ties: bool
+    parts: Iterable[torch.Tensor], chosen_R2: torch.Tensor, *, keeps_ties: bool
 ) -> torch.Tensor:
-    """From all tensors' counts: the pattern of each threshold, and how many entries equal to it
-    are kept.
+    """From all tensors' counts: the pattern of each row's number, and how many that are equal to it
+    are kept: just so many that it is the last, or all.
 
     Args:
         parts: Results of :func:`count_fine`.
-        chosen_E2: Result of :func:`choose_coarse`.
-        keeps_ties: As there.
+        chosen_R2: Result of :func:`choose_coarse`.
+        keeps_ties: All are kept.
     """
-    chosen = chosen_E2.view(-1, 2).tolist()
+    chosen = chosen_R2.view(-1, 2).tolist()
     counts, _ = _add_up(parts, len(chosen), FINE_BINS, 0)
     rows = []
-    for expert, (upper, rank) in enumerate(chosen):
+    for number, (upper, rank) in enumerate(chosen):
         if upper == _ALL:
             rows += [0, _ALL]
             continue
-        lower, above = _from_above(counts[expert], rank)
+        lower, above = _from_above(counts[number], rank)
         rows += [upper << _LOW_BITS | lower, _ALL if keeps_ties else rank - above]
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -144,55 +164,52 @@ def kth_magnitude(values_N: torch.Tensor, k: int) -> tuple[float, int]:
     return float(threshold), above + above_in_bin
 
 
-def read_thresholds(found_E2: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Thresholds, and how many entries equal to each are kept, of :func:`choose_fine`'s result."""
-    patterns, ties = found_E2.cpu().view(-1, 2).unbind(1)
+def read_thresholds(found_R2: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The numbers, and how many equal to each are kept, of :func:`choose_fine`'s result."""
+    patterns, ties = found_R2.cpu().view(-1, 2).unbind(1)
     thresholds = patterns.to(torch.int32).view(torch.float32).tolist()
     return thresholds, [math.inf if count == _ALL else count for count in ties.tolist()]
 
 
 class _Counter:
-    """Collects the numbers of one expert."""
+    """Collects the numbers of one row."""
 
     def __init__(
         self, num_entries: int, num_bins: int, device: torch.device, *, is_tile: bool
     ) -> None:
         self.is_raw = num_entries < num_bins and not is_tile
+        self._num_entries = num_entries
         self._num_bins = num_bins
         size = num_entries if self.is_raw else num_bins
-        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
+        empty = _ALL if self.is_raw else 0
+        self.counts = torch.full((size,), empty, dtype=torch.int64, device=device)
 
-    def blocks(
-        self, base: torch.Tensor, expert: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, slice]]:
-        """Bit patterns of the magnitudes of a task vector, block by block."""
-        base_N, expert_N = base.reshape(-1), expert.reshape(-1)
-        dtype = work_dtype((base, expert))
-        for block in blocks_of(base.numel(), base.device):
-            magnitudes = expert_N[block].to(dtype).sub_(base_N[block].to(dtype)).abs_()
-            yield magnitudes.to(torch.float32).view(torch.int32), block
+    def blocks(self, row: Row) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Bit patterns of a row's numbers, block by block."""
+        for block in blocks_of(self._num_entries, self.counts.device):
+            yield row(block).to(torch.float32).view(torch.int32), block
 
     def add(self, values: torch.Tensor, block: slice) -> None:
         """Count values, or keep them as they are."""
         if self.is_raw:
-            self.counts[block] = values
+            self.counts[block.start : block.start + len(values)] = values
         else:
             self.counts += torch.bincount(values, minlength=self._num_bins)
 
 
 def _add_up(
-    parts: Iterator[torch.Tensor], num_experts: int, num_bins: int, shift: int
+    parts: Iterable[torch.Tensor], num_rows: int, num_bins: int, shift: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """Histograms over all parts, and how many entries each expert has in them."""
-    counts = torch.zeros(num_experts, num_bins, dtype=torch.int64)
+    """Histograms over all parts, and how many numbers each row has in them."""
+    counts = torch.zeros(num_rows, num_bins, dtype=torch.int64)
     for part in parts:
-        rows = part.cpu().view(num_experts, -1)
+        rows = part.cpu().view(num_rows, -1)
         if rows.shape[1] == num_bins:
             counts += rows
             continue
-        for expert, patterns in enumerate(rows):
+        for number, patterns in enumerate(rows):
             values = (patterns[patterns != _ALL] >> shift) & (num_bins - 1)
-            counts[expert] += torch.bincount(values, minlength=num_bins)
+            counts[number] += torch.bincount(values, minlength=num_bins)
     return counts, counts.sum(1).tolist()
 
 

@@ -33,6 +33,7 @@ NOT_THE_EXPERT = {
     "arcee_fusion": TURNS,
     "ram": DROPS,
     "ramplus_tl": DROPS,
+    "pcb": DROPS,
 }
 """Methods with which one expert, by default, is not the result."""
 
@@ -52,6 +53,7 @@ BUSY: dict[str, dict[str, Any]] = {
     "breadcrumbs_ties": {"density": 0.4},
     "della": {"density": 0.4},
     "della_linear": {"density": 0.4},
+    "knots_ties": {"density": 0.4},
 }
 """Expert parameters that make a method do more than it does by default."""
 
@@ -307,5 +309,6 @@ def test_numbers_written_as_text_are_understood(method_name: str) -> None:
         for field, schema in model.model_json_schema()["properties"].items():
             options = schema.get("anyOf", [schema])
             if any(option.get("type") == "number" for option in options):
-                dumped = model.model_validate({field: "2e-1"}).model_dump()
-                np.testing.assert_equal(dumped[field], 0.2)
+                number = "2e0" if any(o.get("minimum", 0) >= 1 for o in options) else "2e-1"
+                dumped = model.model_validate({field: number}).model_dump()
+                np.testing.assert_equal(dumped[field], float(number))

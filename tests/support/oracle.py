@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -329,3 +329,64 @@ def iso_cts(vectors: Sequence[np.ndarray], share: float) -> np.ndarray:
     right = np.concatenate([*(vt[:each] for _, _, vt in own), Vt], axis=0)
     mean = np.concatenate([*(s[:each] for _, s, _ in own), S]).mean()
     return mean * _polar(left) @ _polar(right)
+
+
+def dc_merge(
+    vectors: Sequence[np.ndarray],
+    density: float,
+    smooth: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> np.ndarray:
+    """Truncated task vectors in a common basis, largest entries, agreeing mean, own blocks."""
+    count = min(vectors[0].shape) // len(vectors)
+    found = [np.linalg.svd(T, full_matrices=False) for T in vectors]
+    left = _polar(np.concatenate([U[:, :count] for U, _, _ in found], axis=1))
+    right = _polar(np.concatenate([Vt[:count] for _, _, Vt in found], axis=0))
+    kept = []
+    for U, S, Vt in found:
+        C = left.T @ (U[:, :count] @ np.diag(smooth(S[:count])) @ Vt[:count]) @ right.T
+        smallest = np.sort(np.abs(C), axis=None)[-max(1, int(density * C.size))]
+        kept.append(np.where(np.abs(C) >= smallest, C, 0))
+    elected = np.sign(sum(kept))
+    agrees = [(np.sign(C) == elected) & (elected != 0) for C in kept]
+    merged = sum(C * a for C, a in zip(kept, agrees, strict=True)) / np.maximum(1, sum(agrees))
+    own = np.kron(np.eye(len(vectors)), np.ones((count, count)))
+    return left @ (merged * own) @ right
+
+
+def knots_parts(vectors: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """U, and the S V_iᵀ, of the task vectors side by side."""
+    U, S, Vt = np.linalg.svd(np.concatenate(vectors, axis=1), full_matrices=False)
+    is_kept = 1e-6 * S[0] < S
+    parts = np.split(np.diag(S[is_kept]) @ Vt[is_kept], len(vectors), axis=1)
+    return U[:, is_kept], parts
+
+
+def knots_ties(
+    vectors: Sequence[np.ndarray],
+    weights: Sequence[float],
+    trimmed: Callable[[int, np.ndarray], np.ndarray],
+    *,
+    normalize: bool = True,
+) -> np.ndarray:
+    """U times TIES of the parts, each trimmed first by number."""
+    U, parts = knots_parts(vectors)
+    kept = [trimmed(number, part) for number, part in enumerate(parts)]
+    zero = torch.zeros(kept[0].shape, dtype=torch.float64)
+    return U @ mix(zero, kept, weights, scale=1.0, normalize=normalize, elect=True)
+
+
+def pcb(vectors: Sequence[np.ndarray], ratio: float, weights: Sequence[float]) -> np.ndarray:
+    """Scores within and between tasks, and the mean by scores, of task vectors of whole models."""
+    shape, size = vectors[0].shape, vectors[0].size
+    T = np.stack([vector.ravel() for vector in vectors])
+    ordered = np.sort(np.abs(T), axis=1)
+    low = ordered[:, [int(size * 1e-4)]]
+    high = ordered[:, [int(size * (1 - 1e-4) - 1)]]
+    clamped = np.clip(np.abs(T), low, high)
+    inner = np.exp(len(T) * ((clamped - low) / (high - low)) ** 2)
+    score = inner * np.tanh(T * T.sum(axis=0))
+    smallest = np.sort(score, axis=1)[:, [int(size * (1 - ratio))]]
+    score = np.maximum(score, smallest) - smallest
+    share = score / score.max(axis=1, keepdims=True)
+    weighted = np.array(weights)[:, None] * np.sign(T) * clamped * share
+    return (weighted.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)).reshape(shape)

@@ -1,14 +1,19 @@
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
 from merging.ops.quantiles import (
+    Row,
     choose_coarse,
     choose_fine,
     count_coarse,
     count_fine,
+    first_beyond_largest,
     kth_magnitude,
+    last_of_largest,
+    magnitudes,
     read_thresholds,
 )
 
@@ -46,15 +51,24 @@ def test_thresholds_over_parts_and_tiles_are_those_of_the_whole(
     small = [task_vector(500 + n, kind)[:500] for n in range(3)]
     cuts = list(pairwise([0, 65_536, 131_072, 200_000]))
 
-    def parts(count):
-        of_tiles = sum(
-            count(torch.zeros(b - a), iter([t[a:b] for t in large]), is_tile=a > 0) for a, b in cuts
-        )
-        return iter([of_tiles, count(torch.zeros(500), iter(small), is_tile=False)])
+    def rows(vectors: list[torch.Tensor]) -> list[Row | None]:
+        origin = torch.zeros(len(vectors[0]))
+        return [
+            magnitudes(origin, v) if d < 1 else None
+            for v, d in zip(vectors, densities, strict=True)
+        ]
 
-    coarse = parts(lambda base, experts, **k: count_coarse(base, experts, densities, **k))
-    chosen = choose_coarse(coarse, densities, keeps_ties=keeps_ties)
-    fine = parts(lambda base, experts, **k: count_fine(base, experts, chosen, **k))
+    def parts(count: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        tiles = [count(rows([t[a:b] for t in large]), b - a, is_tile=a > 0) for a, b in cuts]
+        return [torch.stack(tiles).sum(dim=0), count(rows(small), 500, is_tile=False)]
+
+    rank = first_beyond_largest if keeps_ties else last_of_largest
+    device = torch.device("cpu")
+    coarse = parts(lambda found, size, **k: count_coarse(found, size, device, **k))
+    chosen = choose_coarse(
+        coarse, [rank(density) if density < 1 else None for density in densities]
+    )
+    fine = parts(lambda found, size, **k: count_fine(found, chosen, size, device, **k))
     thresholds, ties = read_thresholds(choose_fine(fine, chosen, keeps_ties=keeps_ties))
     for expert, density in enumerate(densities[:2]):
         whole = torch.cat([large[expert], small[expert]]).abs()

@@ -1,0 +1,151 @@
+"""Thresholds over a whole model: numbers of a given rank among those of all tensors.
+
+A method that trims task vectors of whole models needs, say, the k-th largest magnitude of each. Two
+passes over the models find it exactly, each with a histogram of every tensor
+(:mod:`merging.ops.quantiles`), whatever the models' size; what is left is the method's last pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from merging.method import Cost, Geometry, Reduction, Separability, Step, Task
+from merging.ops.bins import COARSE_BINS, FINE_BINS, numbers_of
+from merging.ops.blocks import elementwise_workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from merging.ops.quantiles import Rank, Row
+
+CostFunction = Callable[[Geometry, Any], Cost]
+
+
+def _nothing(_: Geometry, __: Any) -> Cost:
+    return Cost(0.0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What numbers a method ranks, and which of them it seeks.
+
+    Attributes:
+        name: Of the passes.
+        rows: From what the method gets: rows of non-negative numbers, ``rows_per_expert`` for each
+            expert; None for one in which nothing is sought. Those of a tile may be asked for.
+        ranks: Which number of each row is sought over all tensors, if any.
+        keeps_ties: Whether all numbers equal to one that is sought are kept; else just so many
+            that it is the last.
+        rows_per_expert: See above.
+        cost: Of making the rows, beside counting them.
+        separable: Whether rows of tiles are those of the tensor; ``whole`` if not.
+        takes_adapters: Whether ``rows`` does.
+    """
+
+    name: str
+    rows: Callable[[torch.Tensor, Iterator[torch.Tensor], Task], Iterable[Row | None]]
+    ranks: Callable[[Task], Sequence[Rank | None]]
+    keeps_ties: Callable[[Task], bool] = lambda _: True
+    rows_per_expert: int = 1
+    cost: CostFunction = _nothing
+    separable: Separability = "sum"
+    takes_adapters: bool = False
+
+    def reductions(self) -> tuple[Reduction, Reduction]:
+        """The two passes; the second one's result is what ``read_thresholds`` reads."""
+        return (
+            self._reduction(f"{self.name}coarse-counts", COARSE_BINS, self._coarse, self._upper),
+            self._reduction(f"{self.name}fine-counts", FINE_BINS, self._fine, self._exact),
+        )
+
+    def of_tensor(
+        self, base: torch.Tensor, experts: Sequence[torch.Tensor], task: Task
+    ) -> torch.Tensor:
+        """The second pass's result as if one tensor were the whole model."""
+        from merging.ops.quantiles import choose_coarse, choose_fine, count_coarse, count_fine
+
+        size, device = base.numel(), base.device
+        counts = count_coarse(self.rows(base, iter(experts), task), size, device, is_tile=False)
+        chosen = choose_coarse([counts], self.ranks(task))
+        rows = self.rows(base, iter(experts), task)
+        counts = count_fine(rows, chosen, size, device, is_tile=False)
+        return choose_fine([counts], chosen, keeps_ties=self.keeps_ties(task))
+
+    def _coarse(
+        self, base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+    ) -> torch.Tensor:
+        from merging.ops.quantiles import count_coarse
+
+        assert base is not None
+        rows = self.rows(base, experts, task)
+        return count_coarse(rows, base.numel(), base.device, is_tile=task.offset > 0)
+
+    def _fine(
+        self, base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+    ) -> torch.Tensor:
+        from merging.ops.quantiles import count_fine
+
+        assert base is not None
+        *_, chosen = task.given
+        rows = self.rows(base, experts, task)
+        return count_fine(rows, chosen, base.numel(), base.device, is_tile=task.offset > 0)
+
+    def _upper(
+        self, _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
+    ) -> torch.Tensor:
+        from merging.ops.quantiles import choose_coarse
+
+        return choose_coarse(counts, self.ranks(task))
+
+    def _exact(
+        self, _: torch.Tensor | None, counts: Iterator[torch.Tensor], task: Task
+    ) -> torch.Tensor:
+        from merging.ops.quantiles import choose_fine
+
+        return choose_fine(counts, task.given[-1], keeps_ties=self.keeps_ties(task))
+
+    def _reduction(
+        self,
+        name: str,
+        bins: int,
+        count: Callable[..., torch.Tensor],
+        choose: Callable[..., torch.Tensor],
+    ) -> Reduction:
+        return Reduction(
+            name=name,
+            map=Step(
+                merge=count,
+                cost=self._count_cost,
+                separable=self.separable,
+                takes_adapters=self.takes_adapters,
+            ),
+            entries=lambda g: (
+                self.rows_per_expert * g.num_experts * numbers_of(g.num_entries, bins)
+            ),
+            dtype="I64",
+            combine=Step(
+                merge=choose, cost=_choose_cost, separable="whole", streaming=True, flat=True
+            ),
+            combined_entries=lambda num_experts: 2 * self.rows_per_expert * num_experts,
+            combined_dtype="I64",
+        )
+
+    def _count_cost(self, geometry: Geometry, parameters: Any) -> Cost:
+        """A histogram takes a few operators per entry; those of all rows are held twice."""
+        rows = self.rows_per_expert * geometry.num_experts
+        making = self.cost(geometry, parameters)
+        return Cost(
+            flops=6.0 * rows * geometry.num_entries + making.flops,
+            workspace_bytes=2 * 8 * rows * FINE_BINS
+            + elementwise_workspace(geometry.num_entries, num_buffers=6)
+            + making.workspace_bytes,
+        )
+
+
+def _choose_cost(geometry: Geometry, _: Any) -> Cost:
+    return Cost(
+        flops=float(geometry.num_experts * geometry.num_entries),
+        workspace_bytes=4 * 8 * geometry.num_entries,
+    )
