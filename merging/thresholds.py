@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from merging.ops.quantiles import Rank, Row
+    from merging.ops.sparsify import KeepFromThresholds
 
 CostFunction = Callable[[Geometry, Any], Cost]
 
@@ -142,6 +143,64 @@ class Thresholds:
             + elementwise_workspace(geometry.num_entries, num_buffers=6)
             + making.workspace_bytes,
         )
+
+
+def of_task_vectors(
+    densities: Callable[[Task], Sequence[float]], is_global: Callable[[Task], bool]
+) -> Thresholds:
+    """The magnitudes beyond which a share of each task vector's entries lies; none of share 1.
+
+    Of a whole model the (D - ⌊share D⌋)-th smallest of D magnitudes, with all that are equal to it,
+    as in TIES' algorithm and its authors' code; of a tensor the last of the share.
+    """
+
+    def rows(
+        base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task
+    ) -> Iterator[Row | None]:
+        from merging.ops.quantiles import magnitudes
+
+        for expert, density in zip(experts, densities(task), strict=True):
+            yield magnitudes(base, expert) if density < 1 else None
+
+    def ranks(task: Task) -> list[Rank | None]:
+        from merging.ops.quantiles import first_beyond_largest, last_of_largest
+
+        rank = first_beyond_largest if is_global(task) else last_of_largest
+        return [rank(density) if density < 1 else None for density in densities(task)]
+
+    return Thresholds(name="", rows=rows, ranks=ranks, keeps_ties=is_global)
+
+
+def own_densities(task: Task) -> list[float]:
+    """The experts' own."""
+    return [parameters.density for parameters in task.expert_parameters]
+
+
+def has_global_scope(task: Task) -> bool:
+    """Whether thresholds are those of the whole model."""
+    return bool(task.parameters.scope == "global")
+
+
+def group_by_density(parameters: Any, experts: Sequence[Any]) -> Any:
+    """Tensors of the whole model share thresholds where their densities are the same."""
+    densities = [expert.density for expert in experts]
+    return densities if parameters.scope == "global" and min(densities) < 1 else None
+
+
+def keep_beyond(task: Task, like: torch.Tensor) -> KeepFromThresholds:
+    """Keeps what lies beyond known thresholds; the same for all tiles of a tensor.
+
+    Args:
+        task: Its last given values are those of the second pass.
+        like: Flat tensor of the work dtype, as long as the first tile.
+    """
+    from merging.ops.quantiles import read_thresholds
+    from merging.ops.sparsify import KeepFromThresholds
+
+    if "keep" not in task.memory:
+        task.memory["keep"] = KeepFromThresholds(*read_thresholds(task.given[-1]), like)
+    keep: KeepFromThresholds = task.memory["keep"]
+    return keep
 
 
 def _choose_cost(geometry: Geometry, _: Any) -> Cost:

@@ -18,8 +18,8 @@ as many rows as they have ranks), 4 E O² I in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ from merging.method import (
     register,
 )
 from merging.ops.forms import EIGH_FLOPS
-from merging.thresholds import Thresholds
+from merging.thresholds import Thresholds, group_by_density, keep_beyond, own_densities
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def merge_knots_ties(
 
     def keep(parts: list[torch.Tensor]) -> KeepFromThresholds:
         scratch_N = torch.empty_like(parts[0]).view(-1)
-        return KeepLargest(torch.zeros_like(parts[0]), parts, _densities(task), scratch_N)
+        return KeepLargest(torch.zeros_like(parts[0]), parts, own_densities(task), scratch_N)
 
     return _merge_aligned(base, experts, task, keep)
 
@@ -97,17 +97,14 @@ def finish_knots_ties(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor with thresholds that are known."""
-    from merging.ops.quantiles import read_thresholds
-    from merging.ops.sparsify import KeepFromThresholds
-
-    def keep(parts: list[torch.Tensor]) -> KeepFromThresholds:
-        return KeepFromThresholds(*read_thresholds(task.given[-1]), parts[0].view(-1))
-
-    return _merge_aligned(base, experts, task, keep)
+    return _merge_aligned(base, experts, task, lambda parts: keep_beyond(task, parts[0].view(-1)))
 
 
 def _merge_aligned(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task, keep: Any
+    base: torch.Tensor | None,
+    experts: Iterator[torch.Tensor],
+    task: Task,
+    keep: Callable[[list[torch.Tensor]], KeepFromThresholds],
 ) -> torch.Tensor:
     import torch
 
@@ -132,10 +129,6 @@ def _merge_aligned(
         return add_to_base(base, basis @ merged, task)
 
 
-def _densities(task: Task) -> list[float]:
-    return [parameters.density for parameters in task.expert_parameters]
-
-
 def _rows(base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task) -> list[Row | None]:
     """Magnitudes of the task vectors in the common basis, which may have fewer rows."""
     from merging.ops.alignment import align
@@ -147,14 +140,14 @@ def _rows(base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task) -> li
         _, parts = align(base, experts, transposed=task.transposed)
     return [
         row_of(part.view(-1)) if density < 1 else None
-        for part, density in zip(parts, _densities(task), strict=True)
+        for part, density in zip(parts, own_densities(task), strict=True)
     ]
 
 
 def _ranks(task: Task) -> list[Rank | None]:
     from merging.ops.quantiles import first_beyond_largest
 
-    return [first_beyond_largest(d) if d < 1 else None for d in _densities(task)]
+    return [first_beyond_largest(d) if d < 1 else None for d in own_densities(task)]
 
 
 def knots_ties_cost(geometry: Geometry, parameters: KnotsTiesParameters) -> Cost:
@@ -166,12 +159,6 @@ def knots_ties_cost(geometry: Geometry, parameters: KnotsTiesParameters) -> Cost
     flops = num_experts * (4 + 4) * entries * directions + 2 * EIGH_FLOPS * float(directions) ** 3
     held = (num_experts + 4) * entries + 2 * 4 * directions**2 + 2 * directions * min(columns, 4096)
     return Cost(flops, 4 * (held + rows * directions))
-
-
-def _group(parameters: KnotsTiesParameters, experts: Sequence[KnotsTiesExpertParameters]) -> Any:
-    """Layers of the whole model share a threshold where their densities are the same."""
-    densities = [expert.density for expert in experts]
-    return densities if parameters.scope == "global" and min(densities) < 1 else None
 
 
 THRESHOLDS = Thresholds(
@@ -208,7 +195,7 @@ register(
                 separable="whole",
                 takes_adapters=True,
             ),
-            group=_group,
+            group=group_by_density,
         ),
     )
 )

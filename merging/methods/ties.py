@@ -17,7 +17,7 @@ Cost: a selection and 12 E N flops for E experts of N entries; E + 5 blocks of s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -33,12 +33,17 @@ from merging.method import (
     register,
 )
 from merging.ops.blocks import elementwise_workspace, work_dtype
-from merging.thresholds import Thresholds
+from merging.thresholds import (
+    group_by_density,
+    has_global_scope,
+    keep_beyond,
+    of_task_vectors,
+    own_densities,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.quantiles import Rank, Row
     from merging.ops.sparsify import KeepFromThresholds
 
 
@@ -88,7 +93,7 @@ def merge_ties(
     tensors = list(experts)
     # The result's memory serves the search for the thresholds first: nothing else is as large.
     merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
-    keep = KeepLargest(base, tensors, _densities(task), scratch_N=merged_N)
+    keep = KeepLargest(base, tensors, own_densities(task), scratch_N=merged_N)
     return _merge_trimmed(base, tensors, task, keep, merged_N)
 
 
@@ -98,15 +103,10 @@ def finish_ties(
     """Merge one tensor, or the next tile of one, with thresholds that are known."""
     import torch
 
-    from merging.ops.quantiles import read_thresholds
-    from merging.ops.sparsify import KeepFromThresholds
-
     assert base is not None
     tensors = list(experts)
     merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
-    if "keep" not in task.memory:
-        task.memory["keep"] = KeepFromThresholds(*read_thresholds(task.given[-1]), merged_N)
-    return _merge_trimmed(base, tensors, task, task.memory["keep"], merged_N)
+    return _merge_trimmed(base, tensors, task, keep_beyond(task, merged_N), merged_N)
 
 
 def _merge_trimmed(
@@ -130,27 +130,6 @@ def _merge_trimmed(
     )
 
 
-def _rows(base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task) -> Iterator[Row | None]:
-    """Magnitudes of the task vectors that are trimmed."""
-    from merging.ops.quantiles import magnitudes
-
-    for expert, density in zip(experts, _densities(task), strict=True):
-        yield magnitudes(base, expert) if density < 1 else None
-
-
-def _ranks(task: Task) -> list[Rank | None]:
-    """Of the whole model the paper's threshold; of a tensor, the last that is kept."""
-    from merging.ops.quantiles import first_beyond_largest, last_of_largest
-
-    is_global = task.parameters.scope == "global"
-    rank = first_beyond_largest if is_global else last_of_largest
-    return [rank(density) if density < 1 else None for density in _densities(task)]
-
-
-def _densities(task: Task) -> list[float]:
-    return [parameters.density for parameters in task.expert_parameters]
-
-
 def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     """Selection looks at each magnitude a few times; the rest is a dozen operators per entry."""
     del parameters
@@ -168,18 +147,7 @@ def _finish_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     )
 
 
-def _group(parameters: TiesParameters, experts: Sequence[TiesExpertParameters]) -> Any:
-    """Tensors of the whole model share a threshold where their densities are the same."""
-    densities = [expert.density for expert in experts]
-    return densities if parameters.scope == "global" and min(densities) < 1 else None
-
-
-THRESHOLDS = Thresholds(
-    name="",
-    rows=_rows,
-    ranks=_ranks,
-    keeps_ties=lambda task: task.parameters.scope == "global",
-)
+THRESHOLDS = of_task_vectors(own_densities, has_global_scope)
 
 register(
     MergeMethod(
@@ -199,7 +167,7 @@ register(
         staged=Staged(
             reductions=THRESHOLDS.reductions(),
             finish=Step(merge=finish_ties, cost=_finish_cost),
-            group=_group,
+            group=group_by_density,
         ),
     )
 )

@@ -33,6 +33,7 @@ def combine_task_vectors(
     elect_signs: bool = False,
     sparsify: Sparsify | None = None,
     out: torch.Tensor | None = None,
+    add_base: bool = True,
 ) -> torch.Tensor:
     """``base + scale · Σ weight · task vector``, entry by entry.
 
@@ -46,6 +47,7 @@ def combine_task_vectors(
             sum of all; a sum of 0 counts as positive, and zeros never take part.
         sparsify: Applied to each task vector before it is weighed.
         out: Flat tensor of the result's dtype to write to; a new one by default.
+        add_base: False gives the merged task vector alone.
 
     Returns:
         Tensor of the base's shape, float32 (float64 if an input is).
@@ -78,7 +80,8 @@ def combine_task_vectors(
             total.div_(all_weights)
         if scale != 1:
             total.mul_(scale)
-        total.add_(origin)
+        if add_base:
+            total.add_(origin)
     return merged_N.view(base.shape)
 
 

@@ -54,6 +54,7 @@ BUSY: dict[str, dict[str, Any]] = {
     "della": {"density": 0.4},
     "della_linear": {"density": 0.4},
     "knots_ties": {"density": 0.4},
+    "consensus_ties": {"density": 0.4},
 }
 """Expert parameters that make a method do more than it does by default."""
 

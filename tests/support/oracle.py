@@ -390,3 +390,26 @@ def pcb(vectors: Sequence[np.ndarray], ratio: float, weights: Sequence[float]) -
     share = score / score.max(axis=1, keepdims=True)
     weighted = np.array(weights)[:, None] * np.sign(T) * clamped * share
     return (weighted.sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12)).reshape(shape)
+
+
+def consensus(
+    merged: np.ndarray, vectors: Sequence[np.ndarray], lambdas: Sequence[float], min_tasks: int
+) -> np.ndarray:
+    """What enough tasks need of a merged task vector, by their TALL masks."""
+    masks = [np.abs(T) > a * np.abs(merged - T) for T, a in zip(vectors, lambdas, strict=True)]
+    return np.where(sum(mask.astype(int) for mask in masks) >= min_tasks, merged, 0)
+
+
+def opcm_sum(vectors: Sequence[np.ndarray], alpha: float | None) -> np.ndarray:
+    """Task vectors added up, each without the protected block and the diagonal in full bases."""
+    total = vectors[0]
+    for T in vectors[1:]:
+        if alpha is not None:
+            U, S, Vt = np.linalg.svd(total)
+            rank = int(np.argmax(np.cumsum(S) / S.sum() > alpha))
+            inner = U.T @ T @ Vt.T
+            np.fill_diagonal(inner, 0)
+            inner[:rank, :rank] = 0
+            T = U @ inner @ Vt
+        total = total + T
+    return total
