@@ -73,8 +73,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 TAKE_ADAPTERS = {name for name, method in all_methods().items() if not method.calibrated}
 
-TOLERANCES = {"arcee_fusion": 0.1}
-"""A method that chooses entries by a threshold may choose single ones otherwise."""
+TOLERANCES = {"arcee_fusion": 0.1, "consensus_ties": 0.1, "pcb": 0.1}
+"""Methods that choose entries by a threshold may choose single ones otherwise."""
 
 DECIDED_BY_ROUNDING = {"tsv_m", "iso_cts"}
 """Of task vectors of low rank that are stored as whole weights, these use directions that only
