@@ -68,7 +68,8 @@ class ConsensusTiesParameters(TaskVectorParameters):
         default="global",
         description=(
             "Of what 'density' is a share: of the whole model ('global', the paper), for which the"
-            " models are read three times; or of each 'tensor'."
+            " models are read three times; or of each 'tensor'. With adapters alone the"
+            " model is what they change."
         ),
     )
 

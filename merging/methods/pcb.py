@@ -64,7 +64,8 @@ class PcbParameters(TaskVectorParameters):
         default="global",
         description=(
             "Of what 'ratio' is a share: of the whole model ('global', the paper), for which the"
-            " models are read five times; or of each 'tensor'."
+            " models are read five times; or of each 'tensor'. With adapters alone the"
+            " model is what they change."
         ),
     )
 

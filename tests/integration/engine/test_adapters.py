@@ -61,10 +61,12 @@ def compare(
 
 
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "consensus_ties": {"scope": "tensor"},  # adapters are trimmed over what they change
     "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5},
     "nearswap": {"t": 1e-3},
     "passthrough": {"scale": 0.5},
+    "pcb": {"scope": "tensor"},
     "slerp": {"t": 0.3},
     "ties": {"density": 0.5},
     "wudi": {"steps": 50},
