@@ -40,10 +40,12 @@ class Inputs:
         method: The recipe's method.
         base: The base model; for a method that needs none, the model that ``base_model`` names.
         experts: What is merged, in recipe order; of a recipe with slices, each once.
-        slices: What each slice of the recipe merges.
+        slices: What each slice of the recipe merges, or each of its modules; modules that it does
+            not list come last, without experts.
         slice_bases: Base models that slices name themselves.
         first_layer: Of a slice, the number of its first layer in the output.
         layer_range: Of a slice, the layers of its donor.
+        module: Of a slice, the part of the model that it belongs to.
     """
 
     method: MergeMethod
@@ -53,16 +55,22 @@ class Inputs:
     slice_bases: tuple[CheckpointIndex, ...] = ()
     first_layer: int = 0
     layer_range: tuple[int, int] = (0, 0)
+    module: str = ""
 
     @property
-    def num_layers(self) -> int:
-        """Of all slices together."""
-        return sum(end - start for start, end in (one.layer_range for one in self.slices))
+    def is_sliced(self) -> bool:
+        """It takes some layers of its models, and not all that they have."""
+        return self.layer_range != (0, 0)
 
     @property
     def sections(self) -> tuple[Inputs, ...]:
         """What is merged from the same models: the slices, or all of it."""
         return self.slices or (self,)
+
+    @property
+    def merged(self) -> tuple[Inputs, ...]:
+        """The sections that have experts; others are the donor's."""
+        return tuple(section for section in self.sections if section.experts)
 
     @property
     def donor(self) -> CheckpointIndex:

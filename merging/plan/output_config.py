@@ -22,11 +22,31 @@ _LAYER_LIST_KEYS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_r
 _TEXT_CONFIG = "text_config"
 
 
-def output_config(inputs: Inputs, problems: Sequence[Problem]) -> dict[str, Any]:
+_PARTS = {
+    "vision_tower": ("vision_config", (*_NUM_LAYERS_KEYS, "depth")),
+    "vision_model": ("vision_config", (*_NUM_LAYERS_KEYS, "depth")),
+    "audio_tower": ("audio_config", _NUM_LAYERS_KEYS),
+    "encoder": ("encoder", ("encoder_layers", "num_layers", "num_hidden_layers")),
+    "decoder": ("decoder", ("decoder_layers", "num_decoder_layers")),
+}
+"""Of modules: the part of a config that is about them, and what the number of layers is called.
+
+Where there is no such part the whole config may be: encoders and decoders of T5, BART and kin.
+"""
+
+
+def output_config(
+    inputs: Inputs, problems: Sequence[Problem], warnings: list[str]
+) -> dict[str, Any]:
     """The donor's config with the type that most of the output's bytes have.
 
     With slices, also with the number of layers, and where a list has an item for each layer, with
     those of the layers that the first source of each slice has.
+
+    Args:
+        inputs: The checkpoints.
+        problems: The output's.
+        warnings: A number of layers that has no known place is told here.
     """
     sizes = Counter[str]()
     for problem in problems:
@@ -34,7 +54,38 @@ def output_config(inputs: Inputs, problems: Sequence[Problem]) -> dict[str, Any]
             sizes[problem.dtype] += data_bytes(problem)
     name = recipe_name(max(sorted(sizes), key=sizes.__getitem__))
     config = _with_dtype(inputs.donor.config, name)
-    return _with_layers(config, inputs) if inputs.slices else config
+    for module in dict.fromkeys(one.module for one in inputs.slices if one.is_sliced):
+        slices = [one for one in inputs.slices if one.module == module]
+        changed = _with_module(config, module, slices)
+        if changed is None:
+            warnings.append(
+                f"The number of layers of the module {module!r} has no known place in config.json,"
+                " which is that of the base or first model: see whether it is right."
+            )
+        config = changed or config
+    return config
+
+
+def _with_module(
+    config: dict[str, Any], module: str, slices: Sequence[Inputs]
+) -> dict[str, Any] | None:
+    """A copy with the layers of a module; None if it is not known where they are told."""
+    if module in ("", "default", "text_decoder"):
+        return _with_layers(config, slices)
+    part, keys = _PARTS.get(module, ("", ()))
+    inner = config.get(part)
+    if isinstance(inner, dict):
+        found = _with_number(inner, slices, (*keys, *_NUM_LAYERS_KEYS))
+        return found and {**config, part: found}
+    return None if part.endswith("_config") else _with_number(config, slices, keys)
+
+
+def _with_number(
+    config: dict[str, Any], slices: Sequence[Inputs], keys: Sequence[str]
+) -> dict[str, Any] | None:
+    known = [key for key in keys if key in config]
+    number = sum(end - start for start, end in (one.layer_range for one in slices))
+    return {**config, **dict.fromkeys(known, number)} if known else None
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -50,20 +101,20 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     return changed
 
 
-def _with_layers(config: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+def _with_layers(config: dict[str, Any], slices: Sequence[Inputs]) -> dict[str, Any]:
     """A copy with what it says of the layers."""
     inner = config.get(_TEXT_CONFIG)
     if isinstance(inner, dict):
-        config = {**config, _TEXT_CONFIG: _with_layers(inner, inputs)}
-    changed = dict.fromkeys((k for k in _NUM_LAYERS_KEYS if k in config), inputs.num_layers)
-    lists = {key: _layer_list(key, inputs) for key in _LAYER_LIST_KEYS if key in config}
-    return {**config, **changed, **{key: value for key, value in lists.items() if value}}
+        config = {**config, _TEXT_CONFIG: _with_layers(inner, slices)}
+    config = _with_number(config, slices, _NUM_LAYERS_KEYS) or config
+    lists = {key: _layer_list(key, slices) for key in _LAYER_LIST_KEYS if key in config}
+    return {**config, **{key: value for key, value in lists.items() if value}}
 
 
-def _layer_list(key: str, inputs: Inputs) -> list[Any] | None:
+def _layer_list(key: str, slices: Sequence[Inputs]) -> list[Any] | None:
     """The items of a list for the layers of the output; None where a donor has no such list."""
     items: list[Any] = []
-    for one in inputs.slices:
+    for one in slices:
         config = one.donor.config
         inner = config.get(_TEXT_CONFIG)
         found = (inner if isinstance(inner, dict) else config).get(key)

@@ -110,6 +110,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     )
     shards = number_files([*stages.shards, *outputs])
     described = _inputs(inputs)
+    config = output_config(inputs, problems, warnings)
     settings = builder.settings.settings
     warnings += warn_of_inputs(recipe, inputs, described)
     warnings += warn_of_problems(problems, settings, inputs.method, options)
@@ -132,7 +133,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         files=tuple(builder.files),
         settings=tuple(settings),
         shards=shards,
-        config=tokenizer.adapt_config(output_config(inputs, problems)),
+        config=tokenizer.adapt_config(config),
         companions=companions,
         warnings=tuple(warnings),
         totals=_totals(shards),

@@ -89,7 +89,7 @@ class ProblemBuilder:
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
         self.aligned: dict[tuple[str, str], Source] = {}
-        entries = [[expert.entry for expert in one.experts] for one in inputs.sections]
+        entries = [[expert.entry for expert in one.experts] for one in inputs.merged]
         self._variants = planned_variants(recipe)
         self.settings = VariantSettings(self._variants, entries)
         self._inputs = inputs

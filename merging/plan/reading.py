@@ -11,6 +11,7 @@ from merging.errors import CheckpointError, Fault, MergeError, RecipeError
 from merging.method import get_method
 from merging.plan.adapters import AdaptedTensor, fit_adapter
 from merging.plan.inputs import Expert, Inputs
+from merging.plan.modules import split_modules
 from merging.plan.slices import SectionAddresses, SliceCutter
 from merging.recipe import Recipe
 from merging.recipe.addresses import split_adapter
@@ -53,9 +54,15 @@ def read_inputs(recipe: Recipe, storage: Storage, output_uri: str) -> Inputs:
     models.read(storage)
     base = models.checkpoint(models.base) if models.base is not None else None
     experts = models.experts(chosen)
-    if not recipe.slices:
+    if not (recipe.slices or recipe.modules):
         return Inputs(method=method, base=base, experts=experts[0])
-    slices = SliceCutter(recipe, method, models.sections, models.checkpoint).cut(experts)
+    donor = base or experts[0][0].index
+    names = [module.name for module in recipe.modules]
+    split = split_modules(donor, names) if names else None
+    slices = SliceCutter(recipe, method, models.sections, models.checkpoint, split).cut(experts)
+    rest = split.part(donor, "") if split is not None else None
+    if rest is not None and rest.tensors:
+        slices += (Inputs(method=method, base=rest, experts=()),)
     own = dict.fromkeys(s.base for s in models.sections if s.base != models.base)
     return Inputs(
         method=method,

@@ -11,12 +11,17 @@ from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod
 from merging.plan.inputs import Expert, Inputs
+from merging.plan.modules import ModuleSplit
 from merging.plan.wording import shorten_list
-from merging.recipe import Recipe, Slice
+from merging.recipe import Recipe
+from merging.recipe.recipe import Section
 from merging.roles import Role, describe_tensor
 
 _BEFORE_LAYERS = frozenset({"embedding", "position", "conv"})
 """Roles that stand before a model's first layer, where they are outside of any."""
+
+_WHOLE = (0, 0)
+"""In place of a range of layers: a module from whole models."""
 
 
 def stands_before_layers(name: str, role: Role) -> bool:
@@ -31,6 +36,7 @@ class Window:
     """Which tensors of a checkpoint a slice takes.
 
     Attributes:
+        module: The part of the model that is meant; empty for all of it.
         start: Its first layer.
         num_layers: How many.
         first_layer: Number of the first one in the output.
@@ -38,6 +44,7 @@ class Window:
         is_last: It takes what comes after the layers too.
     """
 
+    module: str
     start: int
     num_layers: int
     first_layer: int
@@ -110,7 +117,10 @@ def by_layers(index: CheckpointIndex, pointer: str) -> LayeredCheckpoint:
             found.after[name] = entry
     if len(layers) != 1:
         stacks = f"several stacks of layers ({shorten_list(list(layers))})" if layers else "none"
-        detail = f"Slices take layers of the one stack that a model has; {index.uri} has {stacks}."
+        detail = (
+            f"Slices take layers of the one stack that a model has; {index.uri} has {stacks}. The"
+            " parts of a model with several are merged with 'modules'."
+        )
         fault = Fault(pointer, "incompatible_options", detail)
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
     [(found.stack, found.layers)] = layers.items()
@@ -134,6 +144,7 @@ class SliceCutter:
         method: Its method.
         sections: Addresses of its slices' models.
         checkpoint: The checkpoint at an address.
+        split: How modules divide models, if the recipe has any.
     """
 
     def __init__(
@@ -142,12 +153,14 @@ class SliceCutter:
         method: MergeMethod,
         sections: Sequence[SectionAddresses],
         checkpoint: Callable[[str], CheckpointIndex],
+        split: ModuleSplit | None,
     ) -> None:
-        self._recipe = recipe
+        self._written = recipe.sections
+        self._split = split
         self._method = method
         self._sections = sections
         self._checkpoint = checkpoint
-        self._layered: dict[str, LayeredCheckpoint] = {}
+        self._layered: dict[tuple[str, str], LayeredCheckpoint] = {}
         self._faults: list[Fault] = []
 
     def cut(self, experts: Sequence[Sequence[Expert]]) -> tuple[Inputs, ...]:
@@ -162,17 +175,21 @@ class SliceCutter:
         """
         first_layer = 0
         cut = []
+        modules = [one.module for one in self._written]
         for number, (own, section) in enumerate(zip(experts, self._sections, strict=True)):
-            one = self._recipe.slices[number]
+            one = self._written[number]
+            is_first = number == 0 or modules[number - 1] != one.module
+            first_layer = 0 if is_first else first_layer
             window = Window(
+                module=one.module,
                 start=0,
                 num_layers=one.num_layers,
                 first_layer=first_layer,
-                is_first=number == 0,
-                is_last=number == len(experts) - 1,
+                is_first=is_first,
+                is_last=modules[number + 1 : number + 2] != [one.module],
             )
             base = self._base_range(one, section)
-            own_range = one.sources[own[0].entry].layer_range or (0, 0)
+            own_range = one.entries[own[0].entry].layer_range or _WHOLE
             cut.append(
                 Inputs(
                     method=self._method,
@@ -180,6 +197,7 @@ class SliceCutter:
                     experts=tuple(self._expert(e, one, section, window) for e in own),
                     first_layer=first_layer,
                     layer_range=base[0] if base else own_range,
+                    module=one.module,
                 )
             )
             first_layer += one.num_layers
@@ -191,7 +209,7 @@ class SliceCutter:
         return tuple(cut)
 
     def _base_range(
-        self, one: Slice, section: SectionAddresses
+        self, one: Section, section: SectionAddresses
     ) -> tuple[tuple[int, int], int] | None:
         """The layers of the base model, those of its own entry, else those of all sources.
 
@@ -199,9 +217,9 @@ class SliceCutter:
         """
         if section.base is None:
             return None
-        ranges = {entry.layer_range or (0, 0): place for place, entry in enumerate(one.sources)}
+        ranges = {entry.layer_range or _WHOLE: place for place, entry in enumerate(one.entries)}
         named = {
-            one.sources[place].layer_range or (0, 0): place
+            one.entries[place].layer_range or _WHOLE: place
             for place, entry in enumerate(section.entries)
             if entry == (section.base, None)
         }
@@ -224,9 +242,9 @@ class SliceCutter:
         return self._view(self._checkpoint(section.base), layers, window, pointer)
 
     def _expert(
-        self, expert: Expert, one: Slice, section: SectionAddresses, window: Window
+        self, expert: Expert, one: Section, section: SectionAddresses, window: Window
     ) -> Expert:
-        layers = one.sources[expert.entry].layer_range
+        layers = one.entries[expert.entry].layer_range or _WHOLE
         pointer = f"{section.pointer}/{expert.entry}/layer_range"
         index = self._view(expert.index, layers, window, pointer)
         adapted = {
@@ -239,14 +257,18 @@ class SliceCutter:
     def _view(
         self,
         index: CheckpointIndex,
-        layers: tuple[int, int] | None,
+        layers: tuple[int, int],
         window: Window,
         pointer: str,
     ) -> CheckpointIndex:
-        assert layers is not None, "sources of slices have layer ranges"
-        if index.uri not in self._layered:
-            self._layered[index.uri] = by_layers(index, pointer)
-        layered = self._layered[index.uri]
+        if self._split is not None:
+            index = self._split.part(index, window.module)
+        if layers == _WHOLE:
+            return index
+        key = (index.uri, window.module)
+        if key not in self._layered:
+            self._layered[key] = by_layers(index, pointer)
+        layered = self._layered[key]
         if layers[1] > layered.num_layers:
             detail = (
                 f"{index.uri} has {layered.num_layers} layers, 0 to {layered.num_layers - 1}; the"

@@ -193,7 +193,7 @@ class VariantSettings:
                     " over the model, which variants cannot share. Submit it as a merge by itself."
                     if variant.name
                     else f"{variant.method.name} with these parameters looks at all tensors of each"
-                    " expert together, and slices have experts of their own. Use 'models', or"
+                    " expert together, and slices and modules have experts of their own. Use"
                     " another scope."
                 )
                 faults.append(Fault(variant.pointer, "incompatible_options", detail))

@@ -24,6 +24,17 @@ def warn_of_inputs(recipe: Recipe, inputs: Inputs, described: Sequence[Input]) -
         *_warn_of_types(recipe, inputs),
         *_warn_of_equals(inputs, described),
         *_warn_of_adapters(inputs),
+        *_warn_of_modules(inputs),
+    ]
+
+
+def _warn_of_modules(inputs: Inputs) -> list[str]:
+    """Parts of the model that no module of the recipe is about."""
+    return [
+        f"The recipe's modules leave out {len(section.donor.tensors)} tensors, which are taken over"
+        f" from {section.donor.uri}: {shorten_list(list(section.donor.tensors))}."
+        for section in inputs.sections
+        if not section.experts
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +28,21 @@ from merging.roles import touch_filter
 from merging.selectors import ParameterValue
 
 _KEYS = frozenset(
-    {"name", "models", "slices", "base_model", "merge_method", "parameters", "dtype", "out_dtype"}
+    {
+        "name",
+        "models",
+        "slices",
+        "modules",
+        "base_model",
+        "merge_method",
+        "parameters",
+        "dtype",
+        "out_dtype",
+    }
     | {"sweep", "tokenizer", "tokenizer_source", "chat_template", "calibration"}
 )
 
 _UNSUPPORTED = {
-    "modules": "Separate recipes for modules are not supported by this version; use filters on"
-    " tensor names in 'parameters'.",
     "output": "Where the result goes is not part of the recipe; give it beside the recipe, when"
     " the merge is planned or submitted.",
 }
@@ -110,6 +118,7 @@ class _Reader:
             base_model=reader.base(data.get("base_model"), "/base_model"),
             models=self._models(reader),
             slices=reader.slices(data.get("slices"), "/slices"),
+            modules=reader.modules(data.get("modules"), "/modules"),
             parameters=reader.parameters(data.get("parameters"), "/parameters"),
             dtype=self._dtype("dtype"),
             out_dtype=self._dtype("out_dtype"),
@@ -162,11 +171,12 @@ class _Reader:
             return None
 
     def _models(self, reader: SourceReader) -> tuple[ModelEntry, ...]:
-        given = [key for key in ("models", "slices") if self._data.get(key) is not None]
+        keys = ("models", "slices", "modules")
+        given = [key for key in keys if self._data.get(key) is not None]
         if len(given) > 1:
-            detail = "A recipe has 'models' or 'slices', not both."
+            detail = f"A recipe has one of 'models', 'slices' and 'modules', not {given}."
             self._refuse(f"/{given[1]}", detail, "incompatible_options")
-        if "models" in given or not self._data.keys() & {"slices", *_UNSUPPORTED}:
+        if "models" in given or not self._data.keys() & {"slices", "modules", *_UNSUPPORTED}:
             return reader.models(self._data.get("models"), "/models")
         return ()
 
@@ -196,18 +206,13 @@ class _Reader:
             )
             return replace(entry, parameters={})
 
+        def change(one: Slice, _: Level) -> Slice:
+            base = one.base_model or recipe.base_model
+            return replace(one, sources=tuple(without(entry, base) for entry in one.sources))
+
+        changed = _change_slices(recipe, change)
         return replace(
-            recipe,
-            models=tuple(without(entry, recipe.base_model) for entry in recipe.models),
-            slices=tuple(
-                replace(
-                    one,
-                    sources=tuple(
-                        without(entry, one.base_model or recipe.base_model) for entry in one.sources
-                    ),
-                )
-                for one in recipe.slices
-            ),
+            changed, models=tuple(without(entry, recipe.base_model) for entry in recipe.models)
         )
 
     def _check_models(self, recipe: Recipe, method: MergeMethod) -> None:
@@ -246,9 +251,10 @@ class _Reader:
                 detail = f"{method.name} looks at no samples; remove 'calibration'."
                 self._refuse(pointer, detail, "incompatible_options")
             return
-        if recipe.slices:
+        if recipe.slices or recipe.modules:
             detail = f"{method.name} runs whole models on samples; list these under 'models'."
-            self._refuse("/slices", detail, "incompatible_options")
+            key = "slices" if recipe.slices else "modules"
+            self._refuse(f"/{key}", detail, "incompatible_options")
         if self._faults:
             return
         for pointer, entry in own:
@@ -313,18 +319,29 @@ def _simplified(recipe: Recipe, method: MergeMethod) -> Recipe:
         own = _without_defaults(entry.parameters, of_expert, *outer)
         return replace(entry, parameters=own)
 
-    def simplify(one: Slice) -> Slice:
-        own = _without_defaults(one.parameters, of_method, recipe.parameters)
-        return replace(
-            one,
-            parameters=own,
-            sources=tuple(without(entry, own, recipe.parameters) for entry in one.sources),
-        )
+    def simplify(one: Slice, outer: Level) -> Slice:
+        own = _without_defaults(one.parameters, of_method, outer, recipe.parameters)
+        levels = (own, outer, recipe.parameters)
+        sources = tuple(without(entry, *levels) for entry in one.sources)
+        return replace(one, parameters=own, sources=sources)
 
+    models = tuple(without(entry, recipe.parameters) for entry in recipe.models)
+    modules = tuple(
+        replace(m, parameters=_without_defaults(m.parameters, of_method, recipe.parameters))
+        for m in recipe.modules
+    )
+    return _change_slices(replace(recipe, models=models, modules=modules), simplify)
+
+
+def _change_slices(recipe: Recipe, change: Callable[[Slice, Level], Slice]) -> Recipe:
+    """The recipe with other slices; ``change`` gets the parameters of a slice's module too."""
     return replace(
         recipe,
-        models=tuple(without(entry, recipe.parameters) for entry in recipe.models),
-        slices=tuple(map(simplify, recipe.slices)),
+        slices=tuple(change(one, {}) for one in recipe.slices),
+        modules=tuple(
+            replace(m, slices=tuple(change(one, m.parameters) for one in m.slices))
+            for m in recipe.modules
+        ),
     )
 
 

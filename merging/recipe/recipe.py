@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merging.recipe.document import escape_pointer
 from merging.recipe.tokenizer import TokenizerChoice
 from merging.selectors import ParameterValue, to_plain
 
@@ -46,28 +47,50 @@ class Slice:
     base_model: str | None = None
     parameters: Level = field(default_factory=dict)
 
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A part of a model with several (vision tower, decoder …), merged in its own way.
+
+    Attributes:
+        name: Of the part; see :mod:`merging.plan.modules`.
+        slices: Its layers; one slice of sources without layer ranges takes all of it.
+        parameters: Of this part, and defaults for its slices.
+    """
+
+    name: str
+    slices: tuple[Slice, ...]
+    parameters: Level = field(default_factory=dict)
+
     @property
-    def num_layers(self) -> int:
-        """How many layers it has."""
-        first, last = self.sources[0].layer_range or (0, 0)
-        return last - first
+    def is_whole(self) -> bool:
+        """It is merged from whole models (``models``, not ``slices``)."""
+        return any(entry.layer_range is None for one in self.slices for entry in one.sources)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the output that is merged from the same models: a slice, or all of it.
+    """A part of the output that is merged from the same models: a slice, a module, or all of it.
 
     Attributes:
         pointer: JSON pointer to the list of its models.
         entries: What is merged; the base may be among them.
         base_model: Address of its base model.
         levels: Parameters beside those of the entries, those that go before the others first.
+        module: Name of the module that it belongs to; empty where there are none.
     """
 
     pointer: str
     entries: tuple[ModelEntry, ...]
     base_model: str | None
     levels: tuple[Level, ...]
+    module: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers a slice has; 0 if it takes whole models."""
+        first, last = self.entries[0].layer_range or (0, 0)
+        return last - first
 
     @property
     def owner(self) -> str:
@@ -97,7 +120,7 @@ class Recipe:
 
     Attributes:
         merge_method: Name of a registered method.
-        models: In recipe order; the base may be among them. Empty if there are slices.
+        models: In recipe order; the base may be among them. Empty if there are slices or modules.
         base_model: Address of the base model.
         parameters: Of the merge, and defaults for all experts.
         dtype: Type of the merged tensors unless ``out_dtype`` is given (``bfloat16`` …). mergekit
@@ -108,6 +131,7 @@ class Recipe:
         sweep: The variants, if several are asked for; method and parameters are then those of the
             first.
         slices: The layers of the output from the first to the last, if not taken from whole models.
+        modules: The parts of the output, if they are merged in different ways.
         tokenizer: Which tokenizer the output has; None is that of the base or first model.
         chat_template: ``auto``, the name of a known one, or a Jinja template.
         calibration: Where samples are, for experts that do not say so themselves.
@@ -123,6 +147,7 @@ class Recipe:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     sweep: Sweep | None = None
     slices: tuple[Slice, ...] = ()
+    modules: tuple[Module, ...] = ()
     tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -130,6 +155,8 @@ class Recipe:
     @property
     def sections(self) -> tuple[Section, ...]:
         """The parts of the output, in the order of their layers."""
+        if self.modules:
+            return tuple(section for module in self.modules for section in self._sections(module))
         if not self.slices:
             return (Section("/models", self.models, self.base_model, (self.parameters,)),)
         return tuple(
@@ -141,6 +168,17 @@ class Recipe:
             )
             for number, one in enumerate(self.slices)
         )
+
+    def _sections(self, module: Module) -> Iterator[Section]:
+        owner = f"/modules/{escape_pointer(module.name)}"
+        for number, one in enumerate(module.slices):
+            yield Section(
+                f"{owner}/models" if module.is_whole else f"{owner}/slices/{number}/sources",
+                one.sources,
+                one.base_model or self.base_model,
+                (one.parameters, module.parameters, self.parameters),
+                module.name,
+            )
 
     def normalised(self) -> dict[str, Any]:
         """The recipe as plain data in one form: sorted keys, numbers in their parameter's type,
@@ -156,6 +194,7 @@ class Recipe:
             "base_model": self.base_model,
             "models": [_plain_entry(entry) for entry in self.models] or None,
             "slices": [_plain_slice(one) for one in self.slices] or None,
+            "modules": {one.name: _plain_module(one) for one in self.modules} or None,
             "parameters": _plain(self.parameters) or None,
             "calibration": dict(self.calibration) or None,
             "dtype": self.dtype,
@@ -183,6 +222,13 @@ def _plain_entry(entry: ModelEntry) -> dict[str, Any]:
         | ({"parameters": _plain(entry.parameters)} if entry.parameters else {})
         | ({"calibration": dict(entry.calibration)} if entry.calibration else {})
     )
+
+
+def _plain_module(module: Module) -> dict[str, Any]:
+    parameters = {"parameters": _plain(module.parameters)} if module.parameters else {}
+    if module.is_whole:
+        return {"models": [_plain_entry(e) for e in module.slices[0].sources]} | parameters
+    return {"slices": [_plain_slice(one) for one in module.slices]} | parameters
 
 
 def _plain_slice(one: Slice) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading what a recipe merges: whole models, or slices of their layers."""
+"""Reading what a recipe merges: whole models, slices of their layers, or parts of them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from merging.recipe.parameters import (
     read_parameters,
     shorten,
 )
-from merging.recipe.recipe import ModelEntry, Slice
+from merging.recipe.recipe import ModelEntry, Module, Slice
 from merging.selectors import ParameterValue
 
 _MODEL_KEYS = frozenset({"model", "parameters", "calibration"})
 _SOURCE_KEYS = frozenset({"model", "parameters", "layer_range"})
 _SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
+_MODULE_KEYS = frozenset({"models", "slices", "parameters"})
 _UNSUPPORTED_MODEL = {
     "layer_range": "Layer ranges belong to 'slices': give them to their 'sources'.",
 }
@@ -34,6 +35,7 @@ _WITHOUT_EFFECT = {
     "int8_mask": "The parameter 'int8_mask' only saves memory in mergekit; it has no effect here.",
 }
 _MAX_SLICES = 1000
+_MAX_MODULES = 100
 
 
 class SourceReader:
@@ -114,16 +116,55 @@ class SourceReader:
         found = [self._slice(item, f"{pointer}/{number}") for number, item in enumerate(raw)]
         return tuple(one for one in found if one is not None)
 
+    def modules(self, raw: Any, pointer: str) -> tuple[Module, ...]:
+        """A mapping of modules; none where there is no such key."""
+        if raw is None:
+            return ()
+        if not isinstance(raw, dict) or not 0 < len(raw) <= _MAX_MODULES:
+            detail = (
+                "'modules' is a mapping of parts of the model (vision_tower, text_decoder …) with"
+                f" 'models' or 'slices' each, not {shorten(raw)}."
+            )
+            self.refuse(pointer, detail)
+            return ()
+        found = (self._module(n, one, f"{pointer}/{escape_pointer(n)}") for n, one in raw.items())
+        return tuple(module for module in found if module.slices)
+
+    def _module(self, name: str, raw: Any, pointer: str) -> Module:
+        if not isinstance(raw, dict):
+            detail = f"A module is a mapping with 'models' or 'slices', not {shorten(raw)}."
+            self.refuse(pointer, detail)
+            return Module(name, ())
+        self.check_keys(raw, pointer, _MODULE_KEYS, {})
+        given = [key for key in ("models", "slices") if raw.get(key) is not None]
+        if len(given) != 1:
+            self.refuse(pointer, "A module has 'models' or 'slices', one of the two.")
+            return Module(name, ())
+        parameters = self._parameters(
+            raw.get("parameters"), f"{pointer}/parameters", self._of_tensors
+        )
+        if given == ["slices"]:
+            return Module(name, self.slices(raw["slices"], f"{pointer}/slices"), parameters)
+        models = self._entries(
+            raw["models"], f"{pointer}/models", _MODEL_KEYS - {"calibration"}, _UNSUPPORTED_MODEL
+        )
+        return Module(name, (Slice(models),) if models else (), parameters)
+
+    @property
+    def _of_tensors(self) -> Mapping[str, Rule] | None:
+        """Rules of parameters that may differ between parts of a model."""
+        rules = self._all
+        return rules and {name: rule for name, rule in rules.items() if not rule.is_recipe_wide}
+
     def _slice(self, raw: Any, pointer: str) -> Slice | None:
         if not isinstance(raw, dict):
             self.refuse(pointer, f"A slice is a mapping with 'sources', not {shorten(raw)}.")
             return None
         self.check_keys(raw, pointer, _SLICE_KEYS, _UNSUPPORTED_SLICE)
         base = self.base(raw.get("base_model"), f"{pointer}/base_model")
-        of_tensors = self._all
-        if of_tensors is not None:
-            of_tensors = {n: rule for n, rule in of_tensors.items() if not rule.is_recipe_wide}
-        parameters = self._parameters(raw.get("parameters"), f"{pointer}/parameters", of_tensors)
+        parameters = self._parameters(
+            raw.get("parameters"), f"{pointer}/parameters", self._of_tensors
+        )
         sources = self._entries(raw.get("sources"), f"{pointer}/sources", _SOURCE_KEYS, {})
         lengths = [b - a for a, b in (one.layer_range for one in sources if one.layer_range)]
         if len(set(lengths)) > 1:

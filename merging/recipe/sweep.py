@@ -123,7 +123,17 @@ def _own_parameters(shared: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[st
     """Places with parameters that go before the recipe's, as far as they are well formed."""
     for place, model in _mappings(shared.get("models"), "/models"):
         yield place, _mapping(model.get("parameters"))
-    for place, one in _mappings(shared.get("slices"), "/slices"):
+    yield from _of_slices(shared, "")
+    for name, module in _mapping(shared.get("modules")).items():
+        place, own = f"/modules/{escape_pointer(name)}", _mapping(module)
+        yield place, _mapping(own.get("parameters"))
+        for inner, model in _mappings(own.get("models"), f"{place}/models"):
+            yield inner, _mapping(model.get("parameters"))
+        yield from _of_slices(own, place)
+
+
+def _of_slices(owner: Mapping[str, Any], pointer: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for place, one in _mappings(owner.get("slices"), f"{pointer}/slices"):
         yield place, _mapping(one.get("parameters"))
         for inner, source in _mappings(one.get("sources"), f"{place}/sources"):
             yield inner, _mapping(source.get("parameters"))

@@ -26,6 +26,7 @@ from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
 from tests.parity.cases import CASES, VOCABULARIES, Case
 from tests.support.checkpoints import Family, make_family
+from tests.support.composed import write_t5
 from tests.support.environments import plain_environment, python_with
 from tests.support.merges import load_merged
 from tests.support.tokenizers import write_model
@@ -49,6 +50,7 @@ def main() -> int:
         family = make_family(folder / "models", rms=2e-3)
         for number, (words, special) in enumerate(VOCABULARIES):
             write_model(folder / f"models/v{number}", words, special, seed=number)
+            write_t5(folder / f"models/t{number}", seed=number)
         told = _merge_theirs(python, family, folder)
         results = [
             _judge(case, family, folder, text) for case, text in zip(CASES, told, strict=True)
@@ -93,7 +95,9 @@ def _judge(case: Case, family: Family, folder: Path, told: str) -> tuple[float, 
     worst, equal, flipped, total = 0.0, 0, 0, 0
     for name, expected in theirs.items():
         found = ours[name]
-        base = torch.zeros_like(expected) if case.by_token else family.base_state[name]
+        base = family.base_state.get(name)
+        if base is None or base.shape != expected.shape:
+            base = torch.zeros_like(expected)
         change = (expected - base).double().norm()
         rounding = torch.finfo(torch.float32).eps * expected.double().norm()
         off = (found - expected).double()
@@ -129,7 +133,8 @@ def _merge_ours(recipe: dict[str, Any], output: Path) -> dict[str, torch.Tensor]
 
 
 def _with_models(recipe: dict[str, Any], family: Family) -> dict[str, Any]:
-    places = {f"V{n}": family.base.parent / f"v{n}" for n in range(len(VOCABULARIES))}
+    names = [f"{kind}{n}" for kind in "VT" for n in range(len(VOCABULARIES))]
+    places = {name: family.base.parent / name.lower() for name in names}
     places |= {"BASE": family.base} | {f"E{n}": path for n, path in enumerate(family.experts)}
     text = json.dumps(recipe)
     for name, path in places.items():

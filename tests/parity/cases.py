@@ -1,8 +1,8 @@
 """Recipes that mergekit and this project both merge, and how near the results have to be.
 
 Models are written as ``BASE``, ``E0``, ``E1``, ``E2``, and ``V0``, ``V1``, ``V2`` with
-vocabularies of their own. Everything is in float32: mergekit computes
-in the type of its inputs, and only there does it say what a method is to the last digit.
+vocabularies of their own; ``T0``, ``T1``, ``T2`` are T5. Everything is in float32: mergekit
+computes in the type of its inputs, and only there does it say what a method is to the last digit.
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ def _slice(*sources: tuple[str, int, dict[str, Any]], **changes: Any) -> dict[st
 
 def _sliced(method: str, *slices: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"merge_method": method, "slices": list(slices), "dtype": "float32", **changes}
+
+
+def _t5(**modules: Any) -> dict[str, Any]:
+    """An encoder and a decoder merged in different ways."""
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": "T0",
+        "dtype": "float32",
+        "parameters": {"weight": 0.5, "lambda": 0.8},
+        "modules": modules,
+    }
 
 
 VOCABULARIES = (
@@ -219,6 +230,31 @@ CASES = [
             parameters={"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.5}]},
         ),
         1e-4,
+    ),
+    Case(
+        "modules, with parameters of their own",
+        _t5(
+            encoder={
+                "models": [{"model": "T1", "parameters": {"weight": [0.1, 0.9]}}, {"model": "T2"}],
+                "parameters": {"weight": [{"filter": "SelfAttention", "value": 0.3}, {"value": 1}]},
+            },
+            decoder={"models": [{"model": "T2"}], "parameters": {"lambda": 0.5}},
+            shared={"models": [{"model": "T1"}, {"model": "T2"}]},
+        ),
+    ),
+    Case(
+        "modules, one in slices",
+        _t5(
+            encoder={
+                "slices": [
+                    _slice(("T0", 0, {}), ("T1", 0, {"weight": 0.2}), parameters={"weight": 0.7}),
+                    _slice(("T0", 1, {}), ("T2", 1, {})),
+                ],
+                "parameters": {"weight": 0.4},
+            },
+            decoder={"models": [{"model": "T1"}]},
+            shared={"models": [{"model": "T2"}]},
+        ),
     ),
     *(
         Case(f"vocabularies, {name}", _vocabularies(**changes), tolerance, by_token=True)
