@@ -13,6 +13,7 @@ from tests.browser.conftest import Yard
 from tests.support.browser import log_in, open_page
 from tests.support.gated_engine import ENGINE, open_gate
 from tests.support.live_service import live_service
+from tests.support.merges import recipe
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -118,10 +119,82 @@ def test_the_list_filters_by_its_address_and_searches(page: Page, yard: Yard) ->
     page.get_by_role("button", name=re.compile("^succeeded")).click()
     expect(page).to_have_url(re.compile("state=succeeded"))
     expect(row).to_be_visible()
+    page.get_by_role("searchbox").fill(f"LISTED team=vision {job_id[:12]}")
+    expect(page).to_have_url(re.compile("q=LISTED"))
+    expect(row).to_be_visible()
     page.get_by_role("searchbox").fill("nothing of the kind")
     expect(page.get_by_text("No job fits these filters.")).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("searchbox")).to_have_value("nothing of the kind")
     page.get_by_role("link", name="Show all jobs").click()
     expect(row).to_be_visible()
+
+
+def test_deleting_an_output_names_what_goes_and_asks(page: Page, yard: Yard) -> None:
+    job_id = yard.submit("unwanted")
+    output = yard.root / "unwanted"
+    open_gate(output, 99)
+    job_page(page, yard, job_id)
+    page.get_by_role("button", name="Delete output").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Delete the output unwanted?")
+    (output / "notes.txt").write_text("not the job's")
+    expect(dialog.get_by_role("button", name="Delete")).to_be_visible()
+    named = dialog.locator("li span:first-child").all_text_contents()
+    assert {*named, "notes.txt"} == {file.name for file in output.iterdir()}
+    dialog.get_by_role("button", name="Go back").click()
+    expect(dialog).to_be_hidden()
+    assert (output / "config.json").exists()
+    page.get_by_role("button", name="Delete output").click()
+    dialog.get_by_role("button", name=re.compile(r"Delete \d+ files, ")).click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    expect(page.get_by_role("row", name=re.compile(job_id))).to_have_count(0)
+    assert [file.name for file in output.iterdir()] == ["notes.txt"]
+
+
+def test_an_output_that_another_job_needs_is_kept_and_it_says_so(page: Page, yard: Yard) -> None:
+    job_id = yard.submit("needed")
+    open_gate(yard.root / "needed", 99)
+    job_page(page, yard, job_id)
+    expect(page.get_by_test_id("sentence")).to_contain_text("Merged 2 experts into needed")
+    reads = recipe(yard.family, "linear")
+    reads["models"][0]["model"] = str(yard.root / "needed")
+    reader = yard.submit("reader", recipe=reads)
+    page.get_by_role("button", name="Delete output").click()
+    page.get_by_role("button", name=re.compile(r"Delete \d+ files, ")).click()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text(reader)
+    assert (yard.root / "needed" / "config.json").exists()
+    open_gate(yard.root / "reader", 99)
+
+
+def test_the_variants_of_a_sweep_are_chosen_and_compared(page: Page, yard: Yard) -> None:
+    sweep = [{"name": f"keep-{n}", "parameters": {"density": n / 10}} for n in (2, 8)]
+    job_id = yard.submit("swept", recipe={**recipe(yard.family, "ties"), "sweep": sweep})
+    open_gate(yard.root / "swept", 99)
+    job_page(page, yard, job_id)
+    expect(page.get_by_test_id("sentence")).to_contain_text("Merged 2 experts into swept")
+    page.get_by_role("link", name="Merge report").click()
+    variants = page.get_by_role("region", name="Variants")
+    first = variants.get_by_role("button", name="keep-2")
+    second = variants.get_by_role("button", name="keep-8")
+    expect(first).to_have_attribute("aria-pressed", "true")
+    shown = page.locator(".card", has_text="Output").last
+    second.click()
+    expect(page).to_have_url(re.compile("variant=keep-8"))
+    page.reload()
+    expect(second).to_have_attribute("aria-pressed", "true")
+    digest = variants.get_by_role("row", name=re.compile("keep-8")).locator("td").last
+    expect(shown).to_contain_text((digest.text_content() or "?").strip())
+    page.get_by_role("link", name="compare them").click()
+    figures = page.get_by_role("region", name="Figures")
+    for name in ("swept/keep-2", "swept/keep-8"):
+        expect(figures.get_by_role("link", name=name)).to_be_visible()
+    expect(figures.get_by_role("row", name=re.compile("Output digest"))).to_contain_text(
+        "different"
+    )
+    density = page.get_by_role("row", name="/variant/parameters/density")
+    expect(density).to_contain_text("0.2")
+    expect(density).to_contain_text("0.8")
 
 
 def test_a_page_goes_on_without_gaps_when_the_service_comes_back(

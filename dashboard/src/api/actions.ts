@@ -38,6 +38,7 @@ export function retryJob(id: string): Promise<JobDetail> {
   return send("POST", `v1/jobs/${id}/retry`);
 }
 
-export function forgetJob(id: string): Promise<void> {
-  return send("DELETE", `v1/jobs/${id}`);
+/** Forget a job; with its output, the checkpoint that it published is removed first. */
+export function forgetJob(id: string, output: "keep" | "delete" = "keep"): Promise<void> {
+  return send("DELETE", `v1/jobs/${id}?output=${output}`);
 }

@@ -238,6 +238,21 @@ export interface ReportTensor {
   [figure: string]: unknown;
 }
 
+/** What happens to anything; of what is no event of a job most members are null. */
+export interface News {
+  position: number;
+  type: string;
+  time: string;
+  subject: string;
+  job_id: string | null;
+  seq: number | null;
+  attempt: number | null;
+  state: JobState | null;
+  data: Record<string, unknown>;
+  labels: Record<string, string>;
+  method: string | null;
+}
+
 export interface Report {
   plan_digest: string;
   recipe_digest: string;

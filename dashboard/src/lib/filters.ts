@@ -1,13 +1,13 @@
 /** The filters of the list of jobs, as they stand in the address and as the API takes them. */
 
-import { JOB_STATES, type Job, type JobState } from "../api/types";
+import { JOB_STATES, type JobState } from "../api/types";
 
 export interface Filters {
   states: JobState[];
   method: string;
   since: Since;
   labels: [string, string][];
-  /** Searched for in what is shown; the API has no search of text. */
+  /** Words, each to be found somewhere in a job. */
   text: string;
 }
 
@@ -38,6 +38,7 @@ export function listPath(filters: Filters, now: number, limit = 100): string {
   const query = new URLSearchParams({ limit: String(limit) });
   for (const state of filters.states) query.append("state", state);
   if (filters.method) query.set("method", filters.method);
+  if (filters.text.trim()) query.set("q", filters.text.trim());
   const hours = HOURS[filters.since];
   if (hours) {
     const from = Math.floor(now / 60_000) * 60_000 - hours * 3_600_000;
@@ -45,16 +46,6 @@ export function listPath(filters: Filters, now: number, limit = 100): string {
   }
   for (const [name, value] of filters.labels) query.set(`label.${name}`, value);
   return `v1/jobs?${query}`;
-}
-
-export function matches(job: Job, text: string): boolean {
-  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  const labels = Object.entries(job.labels).map(([name, value]) => `${name}=${value}`);
-  const uris = job.inputs.map((input) => input.uri);
-  const found = [job.id, job.method, job.state, job.output_uri, ...uris, ...labels]
-    .join(" ")
-    .toLowerCase();
-  return words.every((word) => found.includes(word));
 }
 
 export function isFiltered(filters: Filters): boolean {

@@ -1,4 +1,4 @@
-/** Reading one address of the API in a component, again from time to time if wished. */
+/** Reading one address of the API in a component. */
 
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 
@@ -8,17 +8,14 @@ import type { Problem } from "../api/types";
 export interface Resource<T> {
   data: T | null;
   problem: Problem | null;
-  /** When data last came, in milliseconds. */
-  updatedAt: number | null;
   reload: () => void;
   set: (data: T) => void;
 }
 
-/** Reads `path` (null: not yet), and every `pollSeconds` while the page can be seen. */
-export function useResource<T>(path: string | null, pollSeconds?: number): Resource<T> {
+/** Reads `path` (null: not yet). */
+export function useResource<T>(path: string | null): Resource<T> {
   const [data, setData] = useState<T | null>(null);
   const [problem, setProblem] = useState<Problem | null>(null);
-  const [updatedAt, setUpdatedAt] = useState<number | null>(null);
   const [round, setRound] = useState(0);
   const shown = useRef<string | null>(null);
 
@@ -30,33 +27,22 @@ export function useResource<T>(path: string | null, pollSeconds?: number): Resou
       setProblem(null);
     }
     const abort = new AbortController();
-    let timer: ReturnType<typeof setTimeout> | undefined;
     const read = async () => {
       try {
-        const answer = await get<T>(path, abort.signal);
-        setData(answer);
+        setData(await get<T>(path, abort.signal));
         setProblem(null);
-        setUpdatedAt(Date.now());
       } catch (error) {
         if (abort.signal.aborted) return;
         if (!(error instanceof ApiError)) throw error;
         setProblem(error.problem);
       }
-      if (pollSeconds) timer = setTimeout(poll, pollSeconds * 1000);
-    };
-    const poll = () => {
-      if (document.hidden) timer = setTimeout(poll, 1000);
-      else void read();
     };
     void read();
-    return () => {
-      abort.abort();
-      clearTimeout(timer);
-    };
-  }, [path, pollSeconds, round]);
+    return () => abort.abort();
+  }, [path, round]);
 
   const reload = useCallback(() => setRound((value) => value + 1), []);
-  return { data, problem, updatedAt, reload, set: setData };
+  return { data, problem, reload, set: setData };
 }
 
 /** The time, ticking. */

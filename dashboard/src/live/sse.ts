@@ -2,7 +2,8 @@
 
 export interface Message {
   id: string | null;
-  data: string;
+  /** Null where only the id is said: how far the stream is. */
+  data: string | null;
 }
 
 /** Feed it text in any pieces; it gives whole messages and tells of the server's `retry`. */
@@ -19,7 +20,8 @@ export class EventStreamParser {
     for (const raw of lines) {
       const line = raw.endsWith("\r") ? raw.slice(0, -1) : raw;
       if (line === "") {
-        if (this.#data.length > 0) messages.push({ id: this.#id, data: this.#data.join("\n") });
+        const data = this.#data.length > 0 ? this.#data.join("\n") : null;
+        if (data !== null || this.#id !== null) messages.push({ id: this.#id, data });
         this.#data = [];
         this.#id = null;
       } else if (!line.startsWith(":")) {

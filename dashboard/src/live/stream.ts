@@ -1,33 +1,40 @@
 /**
- * A job's event stream over fetch rather than EventSource: that hides comments (by which a silent
- * stream is told from a dead one), drops types that it was not told of, and gives no status.
+ * An event stream over fetch rather than EventSource: that hides comments (by which a silent stream
+ * is told from a dead one), drops types that it was not told of, and gives no status.
  */
 
 import { apiUrl, readProblem } from "../api/client";
-import type { JobEvent, Problem } from "../api/types";
-import { EventStreamParser } from "./sse";
+import type { Problem } from "../api/types";
+import { EventStreamParser, type Message } from "./sse";
 
 export type StreamState = "connecting" | "live" | "lost" | "ended" | "refused";
 
 const SILENCE_MILLISECONDS = 40_000; // the server says something every 15 s
 const LONGEST_WAIT_MILLISECONDS = 15_000;
 
-export interface StreamHandlers {
-  /** Sequence number of the last event that was taken in. */
-  position: () => number;
-  onEvents: (events: JobEvent[]) => void;
+export interface StreamHandlers<E> {
+  /** Id of the last event that was taken in; null: begin with what comes now. */
+  position: () => number | null;
+  /** Events, and the id that the stream has come to with them. */
+  onEvents: (events: E[], position: number | null) => void;
   onState: (state: StreamState, problem: Problem | null) => void;
+  /** What came after the position is not kept any more; called before it is asked for again. */
+  onGone?: () => void;
 }
 
-/** Follow a job until `stop` is called or it has ended; resumes by itself, without gaps. */
-export class JobStream {
+interface Event {
+  type: string;
+}
+
+/** Follow `path` until `stop` is called or it has ended; resumes by itself, without gaps. */
+export class EventStream<E extends Event> {
   #abort = new AbortController();
   #isStopped = false;
   #failures = 0;
 
   constructor(
-    private readonly jobId: string,
-    private readonly handlers: StreamHandlers,
+    private readonly path: string,
+    private readonly handlers: StreamHandlers<E>,
   ) {
     void this.#run();
   }
@@ -59,8 +66,11 @@ export class JobStream {
   /** One connection. Returns how long to wait for the next, or null if there shall be none. */
   async #follow(): Promise<number | null> {
     const after = this.handlers.position();
-    const response = await fetch(apiUrl(`v1/jobs/${this.jobId}/events?after=${after}`), {
-      headers: { Accept: "text/event-stream" },
+    const response = await fetch(apiUrl(this.path), {
+      headers: {
+        Accept: "text/event-stream",
+        ...(after === null ? {} : { "Last-Event-ID": String(after) }),
+      },
       credentials: "same-origin",
       cache: "no-store",
       signal: this.#abort.signal,
@@ -68,6 +78,10 @@ export class JobStream {
     if (response.status === 204) {
       this.handlers.onState("ended", null);
       return null;
+    }
+    if (response.status === 410 && this.handlers.onGone) {
+      this.handlers.onGone();
+      return 0;
     }
     if (!response.ok || !response.body) {
       const problem = await readProblem(response);
@@ -89,15 +103,25 @@ export class JobStream {
       const silence = setTimeout(() => this.#abort.abort(), SILENCE_MILLISECONDS);
       const { value, done } = await reader.read().finally(() => clearTimeout(silence));
       if (done) break;
-      const events = parser.push(value).map((message) => JSON.parse(message.data) as JobEvent);
-      if (events.length === 0) continue;
-      isFinished = events.at(-1)!.type === "job.finished";
-      this.handlers.onEvents(events);
+      const messages = parser.push(value);
+      if (messages.length === 0) continue;
+      const events = eventsOf<E>(messages);
+      if (events.length > 0) isFinished = events.at(-1)!.type === "job.finished";
+      this.handlers.onEvents(events, lastId(messages));
     }
-    if (isFinished) {
+    if (isFinished && !this.handlers.onGone) {
       this.handlers.onState("ended", null);
       return null;
     }
     return parser.retryMilliseconds;
   }
+}
+
+function eventsOf<E>(messages: readonly Message[]): E[] {
+  return messages.flatMap(({ data }) => (data === null ? [] : [JSON.parse(data) as E]));
+}
+
+function lastId(messages: readonly Message[]): number | null {
+  const id = messages.findLast((message) => message.id !== null)?.id;
+  return id === undefined || id === null ? null : Number(id);
 }

@@ -15,9 +15,14 @@ import { Card, Loading, ProblemNotice, StateBadge, TableScroll, ViewBar } from "
 const MOST = 6;
 const INKS = ["accent", "cancelling", "publishing", "failed", "succeeded", "queued"];
 
+/** A column: a job, or one variant of a job that is a sweep. */
 interface Compared {
+  key: string;
+  name: string;
   job: JobDetail;
   report: Report | null;
+  /** What is compared value by value. */
+  recipe: unknown;
 }
 
 export function ComparePage() {
@@ -36,37 +41,56 @@ export function ComparePage() {
       </div>
       <Picker ids={ids} />
       {problem && <ProblemNotice problem={problem} />}
-      {ids.length < 2 && <p class="empty">Choose two jobs or more.</p>}
-      {ids.length >= 2 && !items && !problem && <Loading what="the jobs" />}
-      {items && ids.length >= 2 && <Comparison items={items} />}
+      {ids.length > 0 && !items && !problem && <Loading what="the jobs" />}
+      {ids.length === 0 || items?.length === 1 ? (
+        <p class="empty">Choose two jobs or more, or one that is a sweep.</p>
+      ) : (
+        items && <Comparison items={items} />
+      )}
     </div>
   );
 }
 
 function useCompared(ids: string[]): { items: Compared[] | null; problem: Problem | null } {
-  const [items, setItems] = useState<Compared[] | null>(null);
+  const [found, setFound] = useState<{ key: string; items: Compared[] } | null>(null);
   const [problem, setProblem] = useState<Problem | null>(null);
   const key = ids.join(" ");
   useEffect(() => {
     const abort = new AbortController();
     setProblem(null);
     Promise.all(ids.map((id) => readOne(id, abort.signal)))
-      .then(setItems)
+      .then((read) => setFound({ key, items: read.flat().slice(0, MOST) }))
       .catch((error: unknown) => {
         if (abort.signal.aborted) return;
         if (!(error instanceof ApiError)) throw error;
-        setItems(null);
+        setFound(null);
         setProblem(error.problem);
       });
     return () => abort.abort();
   }, [key]);
-  return { items: items?.map((item) => item.job.id).join(" ") === key ? items : null, problem };
+  return { items: found?.key === key ? found.items : null, problem };
 }
 
-async function readOne(id: string, signal: AbortSignal): Promise<Compared> {
+/** A job, or every variant of one that is a sweep. */
+async function readOne(id: string, signal: AbortSignal): Promise<Compared[]> {
   const job = await get<JobDetail>(`v1/jobs/${id}`, signal);
   const report = job.state === "succeeded" ? await get<Report>(`v1/jobs/${id}/report`, signal) : null;
-  return { job, report };
+  const name = shortUri(job.output_uri);
+  const { sweep, ...recipe } = job.recipe as { sweep?: { name: string }[] };
+  if (!report?.variants) {
+    return [{ key: id, name, job, report, recipe: { ...job.recipe, options: job.options } }];
+  }
+  return report.variants.map((variant) => ({
+    key: `${id}/${variant.variant}`,
+    name: `${name}/${variant.variant}`,
+    job,
+    report: variant,
+    recipe: {
+      ...recipe,
+      options: job.options,
+      variant: sweep?.find((entry) => entry.name === variant.variant),
+    },
+  }));
 }
 
 function Picker({ ids }: { ids: string[] }) {
@@ -128,8 +152,8 @@ function figureRows(items: Compared[]): FigureRow[] {
   const took = ({ job }: Compared) => seconds(job.started_at, job.finished_at, Date.now());
   const ofReport = (value: (report: Report) => Value) => each(({ report }) => report && value(report));
   return [
-    { name: "Method", values: each(({ job }) => job.method) },
-    { name: "Output digest", isDigest: true, values: each(({ job }) => job.output?.digest ?? null) },
+    { name: "Method", values: each(({ job, report }) => report?.method ?? job.method) },
+    { name: "Output digest", isDigest: true, values: ofReport((report) => report.output.digest) },
     { name: "Recipe digest", isDigest: true, values: each(({ job }) => job.recipe_digest) },
     { name: "Plan digest", isDigest: true, values: each(({ job }) => job.plan_digest) },
     {
@@ -167,9 +191,9 @@ function FiguresTable({ items }: { items: Compared[] }) {
             <th>
               <span class="visually-hidden">Figure</span>
             </th>
-            {items.map(({ job }) => (
-              <th key={job.id} scope="col">
-                <Link to={href(`jobs/${job.id}`)}>{shortUri(job.output_uri)}</Link>{" "}
+            {items.map(({ key, name, job }) => (
+              <th key={key} scope="col">
+                <Link to={href(`jobs/${job.id}`)}>{name}</Link>{" "}
                 <StateBadge state={job.state} />
               </th>
             ))}
@@ -185,7 +209,7 @@ function FiguresTable({ items }: { items: Compared[] }) {
                 )}
               </th>
               {values.map((value, index) => (
-                <td key={items[index]!.job.id} class={isDigest ? "mono" : "num"} title={value ?? ""}>
+                <td key={items[index]!.key} class={isDigest ? "mono" : "num"} title={value ?? ""}>
                   {value === null ? "–" : isDigest ? value.split(" ").map(shortDigest).join(" ") : value}
                 </td>
               ))}
@@ -203,11 +227,11 @@ function allSame(values: Value[]): boolean {
 function LayersCard({ items }: { items: Compared[] }) {
   const chart = useMemo(() => {
     const solved = items
-      .map(({ job, report }, index) => ({ job, index, figures: byLayer(report?.tensors ?? []) }))
+      .map(({ name, report }, index) => ({ name, index, figures: byLayer(report?.tensors ?? []) }))
       .filter(({ figures }) => figures.left.some((value) => value !== null));
     const layers = [...new Set(solved.flatMap(({ figures }) => figures.layers))].sort((a, b) => a - b);
-    const lines = solved.map(({ job, index, figures }) => ({
-      label: shortUri(job.output_uri),
+    const lines = solved.map(({ name, index, figures }) => ({
+      label: name,
       values: layers.map((layer) => figures.left[figures.layers.indexOf(layer)] ?? null),
       ink: INKS[index % INKS.length]!,
       points: true,
@@ -219,7 +243,7 @@ function LayersCard({ items }: { items: Compared[] }) {
     <Card title="Interference that is left, by layer" aside="share of the plain sum's; logarithmic">
       <Plot
         key={chart.lines.map((line) => line.label).join()}
-        label={`Share of interference left in each of ${chart.layers.length} layers, for ${chart.lines.length} jobs`}
+        label={`Share of interference left in each of ${chart.layers.length} layers, for ${chart.lines.length} merges`}
         x={chart.layers}
         lines={chart.lines.map((line) => ({ ...line, values: line.values.map((value) => (value && value > 0 ? value : null)) }))}
         format={(value) => (value >= 0.001 ? percent(value, value < 0.1 ? 1 : 0) : digits(value))}
@@ -232,7 +256,7 @@ function LayersCard({ items }: { items: Compared[] }) {
 
 function RecipeTable({ items }: { items: Compared[] }) {
   const [isAll, setIsAll] = useState(false);
-  const rows = useMemo(() => compareDocuments(items.map(({ job }) => ({ ...job.recipe, options: job.options }))), [items]);
+  const rows = useMemo(() => compareDocuments(items.map(({ recipe }) => recipe)), [items]);
   const different = rows.filter((row) => !row.isSame);
   const shown = isAll ? rows : different;
   return (
@@ -250,9 +274,9 @@ function RecipeTable({ items }: { items: Compared[] }) {
           <thead>
             <tr>
               <th scope="col">Where</th>
-              {items.map(({ job }) => (
-                <th key={job.id} scope="col">
-                  {shortUri(job.output_uri)}
+              {items.map(({ key, name }) => (
+                <th key={key} scope="col">
+                  {name}
                 </th>
               ))}
             </tr>
@@ -265,7 +289,7 @@ function RecipeTable({ items }: { items: Compared[] }) {
                   {!row.isSame && <span class="visually-hidden"> differs</span>}
                 </th>
                 {row.values.map((value, index) => (
-                  <td key={items[index]!.job.id} class={row.isSame ? "mono muted" : "mono break differs"}>
+                  <td key={items[index]!.key} class={row.isSame ? "mono muted" : "mono break differs"}>
                     {value ?? "–"}
                   </td>
                 ))}

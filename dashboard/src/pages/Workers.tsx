@@ -1,27 +1,38 @@
 /** Machines, their devices and worker processes, and what each has in hand. */
 
+import { get } from "../api/client";
 import type { Page, Worker } from "../api/types";
 import { bytes, count, duration, plural } from "../lib/format";
-import { useNow, useResource } from "../lib/resource";
+import { useNow } from "../lib/resource";
 import { Link, href, setQuery, usePlace } from "../lib/router";
-import { Card, Loading, PollMark, ProblemNotice, TableScroll, Time, ViewBar } from "../ui/parts";
+import { useLive } from "../live/useLive";
+import { LiveMark } from "../ui/LiveMark";
+import { Card, Loading, ProblemNotice, TableScroll, Time, ViewBar } from "../ui/parts";
 
 const WITHIN: Record<string, string> = { "900": "15 minutes", "3600": "hour", "86400": "day", "604800": "week" };
 const USUAL = "3600";
+
+/** All that changes what a worker has in hand. */
+const TYPES = ["shard.started", "shard.finished", "shard.retried", "job.state_changed", "job.forgotten"];
 
 export function WorkersPage() {
   const { query } = usePlace();
   const asked = query.get("within") ?? USUAL;
   const within = asked in WITHIN ? asked : USUAL;
   const path = `v1/workers?within_seconds=${within}`;
-  const list = useResource<Page<Worker>>(path, 2);
+  const list = useLive({
+    key: path,
+    read: (signal) => get<Page<Worker>>(path, signal),
+    types: TYPES,
+    isNews: () => true,
+  });
   const now = useNow();
   return (
     <div class="stack">
       <div class="row spread">
         <h1>Workers</h1>
         <div class="row">
-          <PollMark isLost={list.problem !== null} updatedAt={list.updatedAt} now={now} />
+          <LiveMark live={list.live} now={now} />
           <ViewBar path={path} />
           <label class="row">
             <span class="label">Seen in the last</span>

@@ -176,22 +176,3 @@ export function TableScroll({ label, children, class: extra = "" }: TableProps) 
     </div>
   );
 }
-
-interface PollMarkProps {
-  isLost: boolean;
-  updatedAt: number | null;
-  now: number;
-}
-
-/** Whether what is shown is what is. */
-export function PollMark({ isLost, updatedAt, now }: PollMarkProps) {
-  const seconds = updatedAt === null ? null : Math.max(0, Math.round((now - updatedAt) / 1000));
-  if (isLost) {
-    return (
-      <span class="live lost" role="status">
-        Connection lost{seconds === null ? "" : `; this is ${seconds} s old`}
-      </span>
-    );
-  }
-  return <span class="live">{seconds === null ? "" : `updated ${seconds} s ago`}</span>;
-}

@@ -1,13 +1,15 @@
 import { useState } from "preact/hooks";
 
 import { cancelJob, forgetJob, retryJob } from "../../api/actions";
-import type { JobDetail } from "../../api/types";
+import type { JobDetail, JobPlan, Output } from "../../api/types";
 import { bytes, plural, shortUri } from "../../lib/format";
+import { useResource } from "../../lib/resource";
 import { Link, href, navigate } from "../../lib/router";
 import { may, useSession } from "../../lib/session";
 import { Confirm } from "../../ui/Confirm";
+import { ProblemNotice } from "../../ui/parts";
 
-type Question = "cancel" | "retry" | "forget";
+type Question = "cancel" | "retry" | "forget" | "delete";
 
 interface ActionsProps {
   job: JobDetail;
@@ -34,6 +36,11 @@ export function Actions({ job, onChange }: ActionsProps) {
       <Link to={href("new", { from: job.id })} class="button">
         Clone
       </Link>
+      {job.output && may(session, "output:delete") && (
+        <button type="button" class="button danger" onClick={() => setQuestion("delete")}>
+          Delete output
+        </button>
+      )}
       {job.is_terminal && (
         <button type="button" class="button quiet" onClick={() => setQuestion("forget")}>
           Forget
@@ -86,6 +93,7 @@ function Question({
       </Confirm>
     );
   }
+  if (question === "delete" && job.output) return <DeleteOutput job={job} output={job.output} onClose={onClose} />;
   const forget = {
     label: "Forget the job",
     isDangerous: true,
@@ -99,6 +107,63 @@ function Question({
       <p>
         Its record, {plural(total, "shard")} and log are deleted from the service. What it wrote to{" "}
         <code class="break">{job.output_uri}</code> stays.
+      </p>
+    </Confirm>
+  );
+}
+
+interface DeleteProps {
+  job: JobDetail;
+  output: Output;
+  onClose: () => void;
+}
+
+/** What a merge writes into every checkpoint besides weights and what it copies from an input. */
+const ALWAYS = ["config.json", "model.safetensors.index.json", "README.md", "merge_report.json"];
+
+/** Names every file that goes. */
+function DeleteOutput({ job, output, onClose }: DeleteProps) {
+  const plan = useResource<JobPlan>(`v1/jobs/${job.id}/plan`);
+  const checkpoints = output.variants ?? [output];
+  const copied = plan.data?.companions ?? [];
+  const files = checkpoints.flatMap((checkpoint) => {
+    const folder = checkpoint.uri.slice(job.output_uri.length + 1);
+    const names = [...checkpoint.files, ...[...copied, ...ALWAYS].map((name) => ({ name, size: null }))];
+    return names.map(({ name, size }) => ({ path: folder ? `${folder}/${name}` : name, size }));
+  });
+  if (output.variants) files.push({ path: "sweep_report.json", size: null });
+  const size = files.reduce((sum, file) => sum + (file.size ?? 0), 0);
+  const remove = {
+    label: `Delete ${plural(files.length, "file")}, ${bytes(size)}`,
+    isDangerous: true,
+    run: async () => {
+      await forgetJob(job.id, "delete");
+      navigate(href("jobs"));
+    },
+  };
+  const what = checkpoints.length > 1 ? `${checkpoints.length} checkpoints` : "The checkpoint";
+  return (
+    <Confirm
+      title={`Delete the output ${shortUri(job.output_uri)}?`}
+      choices={plan.data ? [remove] : []}
+      onClose={onClose}
+    >
+      {plan.problem && <ProblemNotice problem={plan.problem} />}
+      <p>
+        {what} in <code class="break">{job.output_uri}</code> {checkpoints.length > 1 ? "go" : "goes"} for good, and with{" "}
+        {checkpoints.length > 1 ? "them" : "it"} this job, its log and its merge report:
+      </p>
+      <ul class="doomed mono" tabIndex={0} aria-label="Files that are deleted">
+        {files.map((file) => (
+          <li key={file.path}>
+            <span class="break">{file.path}</span>
+            {file.size !== null && <span class="muted nowrap">{bytes(file.size)}</span>}
+          </li>
+        ))}
+      </ul>
+      <p class="muted">
+        Other files in that place stay. If another job needs the output, or it is no longer what this job published,
+        nothing is removed.
       </p>
     </Confirm>
   );

@@ -7,32 +7,7 @@ import { bytes, count, dateTime, duration, percent, rate, seconds } from "../../
 import { concerns, firstSentence, phaseName, remedy, shortPhaseName } from "../../lib/words";
 import type { JobView } from "../../live/fold";
 import { currentRate, remaining } from "../../live/rates";
-import type { LiveJob } from "../../live/useJobView";
-import { Icon } from "../../ui/icons";
 import { Bar, Copy } from "../../ui/parts";
-
-export function LiveMark({ live, now }: { live: LiveJob; now: number }) {
-  const { stream, problem, heardAt } = live;
-  const silent = Math.max(0, Math.round((now - heardAt) / 1000));
-  if (stream === "lost" || stream === "refused") {
-    return (
-      <span class="live lost" role="status">
-        <Icon name="warning" size={13} />
-        {problem ? `Not live: ${problem.detail}` : `Connection lost ${silent} s ago; trying again`}
-      </span>
-    );
-  }
-  const words = {
-    connecting: "connecting …",
-    live: `live, last update ${silent} s ago`,
-    ended: "not live: the job has ended",
-  }[stream];
-  return (
-    <span class="live" data-testid="live">
-      {words}
-    </span>
-  );
-}
 
 interface ProgressCardProps {
   job: JobDetail;

@@ -4,7 +4,7 @@ import type { Report, ReportTensor } from "../../api/types";
 import { Plot } from "../../charts/Plot";
 import { bytes, count, digits, duration, flops, percent, shortUri } from "../../lib/format";
 import { byLayer } from "../../lib/report";
-import { setQuery, usePlace } from "../../lib/router";
+import { Link, href, setQuery, usePlace } from "../../lib/router";
 import { Card, TableScroll } from "../../ui/parts";
 import type { TabProps } from "../Job";
 import { Figure } from "./Overview";
@@ -25,7 +25,7 @@ export function ReportTab({ job, report: whole }: TabProps) {
   }
   return (
     <div class="stack">
-      {variants.length > 0 && <Variants variants={variants} shown={report} />}
+      {variants.length > 0 && <Variants jobId={job.id} variants={variants} shown={report} />}
       <Totals report={report} />
       <LayerCharts report={report} />
       <div class="columns">
@@ -49,12 +49,18 @@ export function ReportTab({ job, report: whole }: TabProps) {
   );
 }
 
-
-
 /** The merges of a sweep; what is below is of the one that is chosen. */
-function Variants({ variants, shown }: { variants: Report[]; shown: Report }) {
+function Variants({ jobId, variants, shown }: { jobId: string; variants: Report[]; shown: Report }) {
   return (
-    <Card title={`${variants.length} variants`} aside="what follows is of the chosen one" flush>
+    <Card
+      title={`${variants.length} variants`}
+      aside={
+        <>
+          what follows is of the chosen one · <Link to={href("compare", { job: jobId })}>compare them</Link>
+        </>
+      }
+      flush
+    >
       <TableScroll label="Variants">
         <thead>
           <tr>

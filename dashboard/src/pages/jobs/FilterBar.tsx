@@ -1,8 +1,12 @@
+import { useEffect, useState } from "preact/hooks";
+
 import { JOB_STATES, type JobCounts, type JobState } from "../../api/types";
 import { type Filters, type Since, SINCE } from "../../lib/filters";
 import { count } from "../../lib/format";
 import { setQuery } from "../../lib/router";
 import { StateIcon } from "../../ui/icons";
+
+const PAUSE_MILLISECONDS = 250;
 
 /** Filters of the list; each change goes into the address. */
 export function FilterBar({ filters, counts }: { filters: Filters; counts: JobCounts | null }) {
@@ -54,16 +58,7 @@ export function FilterBar({ filters, counts }: { filters: Filters; counts: JobCo
             ))}
           </select>
         </label>
-        <label class="grow">
-          <span class="visually-hidden">Search in what is listed</span>
-          <input
-            class="input"
-            type="search"
-            placeholder="search id, model, output, label"
-            value={filters.text}
-            onInput={(event) => setQuery({ q: event.currentTarget.value })}
-          />
-        </label>
+        <Search text={filters.text} />
         {filters.labels.map(([name, value]) => (
           <button
             key={name}
@@ -76,5 +71,29 @@ export function FilterBar({ filters, counts }: { filters: Filters; counts: JobCo
         ))}
       </div>
     </div>
+  );
+}
+
+/** Words to search for; they go into the address, and to the service, once writing pauses. */
+function Search({ text }: { text: string }) {
+  const [written, setWritten] = useState(text);
+  useEffect(() => setWritten(text), [text]);
+  useEffect(() => {
+    if (written === text) return undefined;
+    const timer = setTimeout(() => setQuery({ q: written }), PAUSE_MILLISECONDS);
+    return () => clearTimeout(timer);
+  }, [written]);
+  return (
+    <label class="grow">
+      <span class="visually-hidden">Search all jobs</span>
+      <input
+        class="input"
+        type="search"
+        maxLength={200}
+        placeholder="search all jobs: id, model, output, label, error"
+        value={written}
+        onInput={(event) => setWritten(event.currentTarget.value)}
+      />
+    </label>
   );
 }

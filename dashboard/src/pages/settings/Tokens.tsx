@@ -1,9 +1,11 @@
 import { useState } from "preact/hooks";
 
-import { ApiError, send } from "../../api/client";
+import { ApiError, get, send } from "../../api/client";
 import type { NewToken, Page, Problem, Token } from "../../api/types";
-import { useResource } from "../../lib/resource";
+import { useNow } from "../../lib/resource";
+import { useLive } from "../../live/useLive";
 import { Confirm } from "../../ui/Confirm";
+import { LiveMark } from "../../ui/LiveMark";
 import { Card, Copy, Loading, ProblemNotice, TableScroll, Time } from "../../ui/parts";
 
 const SCOPES: [name: string, meaning: string][] = [
@@ -16,7 +18,13 @@ const SCOPES: [name: string, meaning: string][] = [
 ];
 
 export function Tokens() {
-  const tokens = useResource<Page<Token>>("v1/tokens");
+  const tokens = useLive({
+    key: "",
+    read: (signal) => get<Page<Token>>("v1/tokens", signal),
+    types: ["token.changed"],
+    isNews: () => true,
+  });
+  const now = useNow();
   const [made, setMade] = useState<NewToken | null>(null);
   const [revoking, setRevoking] = useState<Token | null>(null);
   const added = (token: NewToken) => {
@@ -29,7 +37,7 @@ export function Tokens() {
       <NewTokenForm onMade={added} />
       {tokens.problem && <ProblemNotice problem={tokens.problem} />}
       {tokens.data ? (
-        <Card title="Tokens" flush>
+        <Card title="Tokens" aside={<LiveMark live={tokens.live} now={now} />} flush>
           <TableScroll label="Tokens">
             <thead>
               <tr>

@@ -1,17 +1,30 @@
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 
-import { ApiError, send } from "../../api/client";
+import { ApiError, get, send } from "../../api/client";
 import type { Page, Problem, WebhookDelivery, WebhookEndpoint } from "../../api/types";
 import { dateTime } from "../../lib/format";
-import { useResource } from "../../lib/resource";
+import { useNow, useResource } from "../../lib/resource";
 import { setQuery, usePlace } from "../../lib/router";
+import { useLive } from "../../live/useLive";
 import { Confirm } from "../../ui/Confirm";
+import { LiveMark } from "../../ui/LiveMark";
 import { Card, Loading, ProblemNotice, TableScroll, Time, ViewBar } from "../../ui/parts";
 import { Secret } from "./Tokens";
 
 export function Webhooks() {
-  const endpoints = useResource<Page<WebhookEndpoint>>("v1/webhook-endpoints", 5);
   const { query } = usePlace();
+  const [numDeliveries, setNumDeliveries] = useState(0);
+  const endpoints = useLive({
+    key: "",
+    read: (signal) => get<Page<WebhookEndpoint>>("v1/webhook-endpoints", signal),
+    types: ["webhook.changed", "webhook.deliveries_changed"],
+    isNews: (event) => {
+      if (event.type === "webhook.changed") return true;
+      if (event.subject === query.get("endpoint")) setNumDeliveries((value) => value + 1);
+      return false;
+    },
+  });
+  const now = useNow();
   const [made, setMade] = useState<WebhookEndpoint | null>(null);
   const shown = endpoints.data?.data.find((endpoint) => endpoint.id === query.get("endpoint"));
   const changed = (endpoint: WebhookEndpoint | null) => {
@@ -20,12 +33,15 @@ export function Webhooks() {
   };
   return (
     <div class="stack">
+      <p class="row">
+        <LiveMark live={endpoints.live} now={now} />
+      </p>
       {made?.secret && <Secret title={`The signing secret of ${made.url}`} secret={made.secret} />}
       <NewEndpointForm onMade={changed} />
       {endpoints.problem && <ProblemNotice problem={endpoints.problem} />}
       {!endpoints.data && !endpoints.problem && <Loading what="the endpoints" />}
       {endpoints.data?.data.map((endpoint) => (
-        <Endpoint key={endpoint.id} endpoint={endpoint} onChange={changed} isOpen={endpoint === shown} />
+        <Endpoint key={endpoint.id} endpoint={endpoint} onChange={changed} isOpen={endpoint === shown} round={numDeliveries} />
       ))}
       {endpoints.data?.data.length === 0 && (
         <p class="empty">Nobody is told of jobs yet. Messages follow Standard Webhooks and are signed.</p>
@@ -37,10 +53,12 @@ export function Webhooks() {
 interface EndpointProps {
   endpoint: WebhookEndpoint;
   isOpen: boolean;
+  /** Another one: its deliveries have changed. */
+  round: number;
   onChange: (endpoint: WebhookEndpoint | null) => void;
 }
 
-function Endpoint({ endpoint, isOpen, onChange }: EndpointProps) {
+function Endpoint({ endpoint, isOpen, round, onChange }: EndpointProps) {
   const path = `v1/webhook-endpoints/${endpoint.id}`;
   const [question, setQuestion] = useState<"rotate" | "delete" | null>(null);
   const [problem, setProblem] = useState<Problem | null>(null);
@@ -93,7 +111,7 @@ function Endpoint({ endpoint, isOpen, onChange }: EndpointProps) {
           </button>
         </div>
         {problem && <ProblemNotice problem={problem} />}
-        {isOpen && <Deliveries path={path} />}
+        {isOpen && <Deliveries path={path} round={round} />}
       </div>
       {question === "rotate" && (
         <Confirm
@@ -120,8 +138,9 @@ function Endpoint({ endpoint, isOpen, onChange }: EndpointProps) {
   );
 }
 
-function Deliveries({ path }: { path: string }) {
-  const list = useResource<Page<WebhookDelivery>>(`${path}/deliveries?limit=50`, 2);
+function Deliveries({ path, round }: { path: string; round: number }) {
+  const list = useResource<Page<WebhookDelivery>>(`${path}/deliveries?limit=50`);
+  useEffect(list.reload, [round]);
   if (list.problem) return <ProblemNotice problem={list.problem} />;
   if (!list.data) return <Loading what="the deliveries" />;
   const replay = async (delivery: WebhookDelivery) => {
