@@ -31,7 +31,7 @@ from service.api import (
     webhook_endpoints,
     workers,
 )
-from service.api.deps import ReadinessCheck, Services
+from service.api.deps import SECURITY_SCHEMES, ReadinessCheck, Services
 from service.api.errors import install_error_handlers
 from service.api.objects import Problem
 from service.auth import Authenticator
@@ -199,7 +199,9 @@ class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document; made once."""
         if self.openapi_schema is None:
-            for path in super().openapi()["paths"].values():
+            made = super().openapi()
+            made["components"]["securitySchemes"] = SECURITY_SCHEMES
+            for path in made["paths"].values():
                 for operation in path.values():
                     content = operation["responses"]["default"]["content"]
                     content[PROBLEM_JSON] = content.pop(next(iter(content)))

@@ -67,7 +67,7 @@ class Principal:
 
 
 class Authenticator:
-    """Finds the token of a request. Calls block on the store."""
+    """Finds the token of a request."""
 
     def __init__(self, credentials: Credentials, clock: Callable[[], datetime]) -> None:
         self._credentials = credentials
@@ -76,14 +76,15 @@ class Authenticator:
     def authenticate(self, authorization: str | None, cookie: str | None = None) -> Principal:
         """The principal of an ``Authorization`` header or, without one, of a session's cookie.
 
+        Blocks on the store.
+
         Raises:
             RequestError: ``unauthenticated`` without a valid token or session.
         """
         if authorization is None and cookie:
             return self._from_session(cookie)
-        scheme, _, secret = (authorization or "").partition(" ")
-        secret = secret.strip()
-        if scheme.lower() != "bearer" or not secret:
+        secret = _bearer_secret(authorization)
+        if not secret:
             raise RequestError(
                 "Send a token with the request: 'Authorization: Bearer <token>'.",
                 code="unauthenticated",
@@ -93,19 +94,41 @@ class Authenticator:
             raise RequestError(
                 "The token is not known, has expired or was revoked.", code="unauthenticated"
             )
-        return self._principal(token)
+        return self._touched(token)
+
+    def recall(self, authorization: str | None) -> Principal | None:
+        """The principal of a header that was good a moment ago; None: :meth:`authenticate` it.
+
+        Does not block.
+        """
+        secret = _bearer_secret(authorization)
+        token = self._credentials.recall_token(secret) if _is_plausible(secret) else None
+        return None if token is None or self._must_touch(token) else _principal(token)
 
     def _from_session(self, cookie: str) -> Principal:
         found = self._credentials.find_session(cookie) if _is_plausible(cookie) else None
         if found is None:
             raise RequestError("The session has ended; log in again.", code="unauthenticated")
         session, token = found
-        return self._principal(token, session)
+        return self._touched(token, session)
 
-    def _principal(self, token: TokenRecord, session: SessionRecord | None = None) -> Principal:
-        if token.last_used_at is None or self._clock() - token.last_used_at > _TOUCH_INTERVAL:
+    def _touched(self, token: TokenRecord, session: SessionRecord | None = None) -> Principal:
+        if self._must_touch(token):
             self._credentials.touch_token(token.id)
-        return Principal(token.id, token.name, frozenset(token.scopes), session)
+        return _principal(token, session)
+
+    def _must_touch(self, token: TokenRecord) -> bool:
+        return token.last_used_at is None or self._clock() - token.last_used_at > _TOUCH_INTERVAL
+
+
+def _principal(token: TokenRecord, session: SessionRecord | None = None) -> Principal:
+    return Principal(token.id, token.name, frozenset(token.scopes), session)
+
+
+def _bearer_secret(authorization: str | None) -> str:
+    """What an ``Authorization`` header says after ``Bearer``; empty if it is of another kind."""
+    scheme, _, secret = (authorization or "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_plausible(secret: str) -> bool:

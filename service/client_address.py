@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ def client_address(scope: Scope, trusted_proxies: Sequence[Network]) -> str:
     return "" if found is None else str(found)
 
 
+@functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(text.strip())

@@ -178,6 +178,9 @@ class Authentication:
         credential = authorization or cookie or ""
         if credential:
             self._failures.check(address, credential)
+        recalled = self._authenticator.recall(authorization)
+        if recalled is not None:
+            return recalled
         try:
             principal = await run_in_threadpool(
                 self._authenticator.authenticate, authorization, cookie

@@ -12,8 +12,7 @@ from fnmatch import fnmatch
 from typing import Annotated, Any
 
 import anyio
-from fastapi import Depends, Path, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi import Depends, Path, Request
 
 from merging.storage.base import Storage
 from service.auth import Principal, Scope
@@ -120,13 +119,14 @@ ServicesDep = Annotated[Services, Depends(_services)]
 PrincipalDep = Annotated[Principal, Depends(_principal)]
 JobId = Annotated[str, Depends(_job_id)]
 
-_BEARER = HTTPBearer(auto_error=False, description="An API token.")
+SECURITY_SCHEMES = {
+    "HTTPBearer": {"type": "http", "scheme": "bearer", "description": "An API token."}
+}
+"""For the OpenAPI document; :class:`service.middleware.Authentication` is what looks at tokens."""
 
 
-async def _refuse_unknown_parameters(request: Request) -> None:
+def _refuse_unknown_parameters(request: Request, operation: Mapping[str, Any]) -> None:
     """A misspelt filter must not be ignored; the OpenAPI document says what there is."""
-    paths = request.app.openapi()["paths"]
-    operation = paths[request.scope["route"].path][request.method.lower()]
     known = [item["name"] for item in operation.get("parameters", ()) if item["in"] == "query"]
     for name in request.query_params:
         if name in known or name.startswith(LABEL_PREFIX):
@@ -136,17 +136,14 @@ async def _refuse_unknown_parameters(request: Request) -> None:
         raise RequestError(f"Unknown parameter {name[:100]!r}. {hint}", code="unknown_field")
 
 
-async def _refuse_unacceptable(request: Request) -> None:
+def _refuse_unacceptable(request: Request, operation: Mapping[str, Any]) -> None:
     """Whoever can only read what this address does not give is told so before anything is done."""
     accept = request.headers.get("accept")
-    if not accept:
+    if not accept or accept == "*/*":
         return
-    responses = request.app.openapi()["paths"][request.scope["route"].path][request.method.lower()][
-        "responses"
-    ]
     offered = {
         kind
-        for status, response in responses.items()
+        for status, response in operation["responses"].items()
         if status.startswith("2")
         for kind in response.get("content", ())
     }
@@ -164,16 +161,19 @@ def guarded(scope: Scope | None) -> dict[str, Any]:
     The scope is shown in the OpenAPI document as ``x-required-scope``.
     """
 
-    async def check(principal: PrincipalDep) -> None:
+    async def check(request: Request) -> None:
         if scope is not None:
-            principal.require(scope)
+            (await _principal(request)).require(scope)
+        path = request.app.openapi()["paths"][request.scope["route"].path]
+        operation = path[request.method.lower()]
+        _refuse_unacceptable(request, operation)
+        _refuse_unknown_parameters(request, operation)
 
+    security: list[dict[str, list[str]]] = [{name: []} for name in SECURITY_SCHEMES]
     return {
-        "dependencies": [
-            Security(_BEARER),
-            Depends(check),
-            Depends(_refuse_unacceptable),
-            Depends(_refuse_unknown_parameters),
-        ],
-        "openapi_extra": {"x-required-scope": scope.value if scope else None},
+        "dependencies": [Depends(check)],
+        "openapi_extra": {
+            "security": security,
+            "x-required-scope": scope.value if scope else None,
+        },
     }

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from service.api.answers import page_answer
 from service.api.deps import JobId, PrincipalDep, Services, ServicesDep, guarded
 from service.api.following import follow_events
 from service.api.objects import EventObject, Page
 from service.api.streams import EventStream, Position, retry_message
-from service.api.views import event_object
 from service.auth import Scope
 from service.jobs.errors import StoreUnavailableError
 from service.problems import RequestError
@@ -40,17 +40,15 @@ async def list_events(
     principal: PrincipalDep,
     position: Position,
     limit: Annotated[int, Query(ge=1, le=1000, description="Of a page of JSON.")] = 100,
-) -> Response | Page[EventObject]:
+) -> Response:
     """Events of a job in order: a stream with ``Accept: text/event-stream``, else a page.
 
     The stream ends after ``job.finished``. Whoever resumes there gets 204.
     """
-    job = await run_in_threadpool(services.store.get, job_id)
-    if position is not None and position > job.event_seq:
-        raise RequestError(f"Job {job_id} has had {job.event_seq} events; resume at one of them.")
     if "text/event-stream" not in request.headers.get("accept", ""):
-        return await _page(services, job_id, position or 0, limit)
-    if job.is_terminal and position == job.event_seq:
+        return await run_in_threadpool(_page, services, job_id, position or 0, limit)
+    last, is_terminal = await run_in_threadpool(_checked_end, services, job_id, position or 0)
+    if is_terminal and position == last:
         return Response(status_code=204)
     return EventStream(
         _stream(services, job_id, position or 0),
@@ -58,15 +56,25 @@ async def list_events(
     )
 
 
-async def _page(services: Services, job_id: str, after: int, limit: int) -> Page[EventObject]:
-    found = await run_in_threadpool(services.store.events, job_id, after=after, limit=limit + 1)
-    data = [event_object(event) for event in found[:limit]]
+def _checked_end(services: Services, job_id: str, position: int) -> tuple[int, bool]:
+    """The job's last event and whether it is terminal, if there are events up to the position."""
+    last, is_terminal = services.store.last_event(job_id)
+    if position > last:
+        raise RequestError(f"Job {job_id} has had {last} events; resume at one of them.")
+    return last, is_terminal
+
+
+def _page(services: Services, job_id: str, after: int, limit: int) -> Response:
+    found = services.store.events(job_id, after=after, limit=limit + 1)
+    if not found:
+        _checked_end(services, job_id, after)
+    data = found[:limit]
     if len(found) <= limit:
-        return Page(data=data)
+        return page_answer(data)
     last = str(data[-1].seq)
     parameters = urlencode({"after": last, "limit": limit})
     next_url = services.href(f"/v1/jobs/{job_id}/events?{parameters}")
-    return Page(data=data, next_cursor=last, next_url=next_url)
+    return page_answer(data, next_cursor=last, next_url=next_url)
 
 
 async def _stream(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:

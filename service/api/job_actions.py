@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 
+from service.api.answers import job_answer
 from service.api.deps import JobId, PrincipalDep, ServicesDep, guarded
-from service.api.jobs import show_job
 from service.api.objects import JobDetail
 from service.api.outputs import delete_output
 from service.api.schemas import CancelRequest, JobPatch
@@ -28,41 +28,42 @@ IfMatch = Annotated[str | None, Header(description="ETag of the job as it was re
     "/{job_id}/cancel",
     operation_id="jobs.cancel",
     status_code=202,
+    response_model=JobDetail,
     responses={200: {"description": "It was asked for already", "model": JobDetail}},
     **guarded(Scope.JOBS_WRITE),
 )
-def cancel_job(
-    job_id: JobId, services: ServicesDep, response: Response, body: CancelRequest | None = None
-) -> JobDetail:
+def cancel_job(job_id: JobId, services: ServicesDep, body: CancelRequest | None = None) -> Response:
     """Stop a job. ``orderly`` lets workers tidy up, ``now`` ends their processes."""
     before = services.store.get(job_id)
     job = services.store.request_cancel(job_id, (body or CancelRequest()).mode)
     if before.state == JobState.QUEUED and job.state == JobState.CANCELLED:  # no runner counts it
         services.metrics.jobs_finished.labels(job.method, job.state.value).inc()
-    if job.cancel_requested == before.cancel_requested:
-        response.status_code = 200
-    return show_job(services, job, response)
+    is_repeat = job.cancel_requested == before.cancel_requested
+    return job_answer(services, job, 200 if is_repeat else 202)
 
 
 @router.post(
-    "/{job_id}/retry", operation_id="jobs.retry", status_code=202, **guarded(Scope.JOBS_WRITE)
+    "/{job_id}/retry",
+    operation_id="jobs.retry",
+    status_code=202,
+    response_model=JobDetail,
+    **guarded(Scope.JOBS_WRITE),
 )
-def retry_job(
-    job_id: JobId, services: ServicesDep, principal: PrincipalDep, response: Response
-) -> JobDetail:
+def retry_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """Queue a failed job again as its next attempt; finished shards are reused."""
     refuse_overload(services, principal)
-    return show_job(services, services.store.retry(job_id), response)
+    return job_answer(services, services.store.retry(job_id), 202)
 
 
-@router.patch("/{job_id}", operation_id="jobs.update", **guarded(Scope.JOBS_WRITE))
+@router.patch(
+    "/{job_id}", operation_id="jobs.update", response_model=JobDetail, **guarded(Scope.JOBS_WRITE)
+)
 def update_job(
     job_id: JobId,
     body: JobPatch,
     services: ServicesDep,
-    response: Response,
     if_match: IfMatch = None,
-) -> JobDetail:
+) -> Response:
     """Replace the labels, or change the priority of a queued job."""
     job = services.store.patch(
         job_id,
@@ -70,7 +71,7 @@ def update_job(
         priority=body.priority,
         if_revision=_revision(if_match),
     )
-    return show_job(services, job, response)
+    return job_answer(services, job)
 
 
 @router.delete(

@@ -10,6 +10,7 @@ from pydantic import AwareDatetime, Field
 from starlette.concurrency import run_in_threadpool
 
 from merging.options import MergeOptions
+from service.api.answers import job_answer, json_answer, page_answer
 from service.api.deps import (
     JobId,
     PrincipalDep,
@@ -24,7 +25,7 @@ from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
 from service.api.schemas import IntegrationRequest, JobSubmission, Resubmission
 from service.api.submission import submit
-from service.api.views import etag, job_detail, job_object
+from service.api.views import job_object
 from service.auth import Scope
 from service.jobs.records import JobCursor, JobFilter, JobRecord
 from service.jobs.states import JobState
@@ -61,16 +62,11 @@ class JobQuery(LabelQuery):
         )
 
 
-def show_job(services: Services, job: JobRecord, response: Response) -> JobDetail:
-    """A job as an answer, with its entity tag."""
-    response.headers["ETag"] = etag(job)
-    return job_detail(job, services.href(f"/jobs/{job.id}"))
-
-
 @router.post(
     "",
     operation_id="jobs.create",
     status_code=201,
+    response_model=JobDetail,
     responses=replays(JobDetail),
     **guarded(Scope.JOBS_WRITE),
 )
@@ -80,20 +76,20 @@ async def create_job(
     principal: PrincipalDep,
     key: IdempotencyKey,
     traceparent: TraceParent,
-    response: Response,
-) -> JobDetail:
+) -> Response:
     """Submit a merge. Recipe, inputs and output are checked in full, from headers alone."""
     request = idempotency_request(key, principal, "/v1/jobs", body.model_dump(mode="json"))
     job, is_new = await submit(
         services, principal, body, idempotency=request, traceparent=traceparent
     )
-    return _show_submitted(services, job, response, is_new=is_new)
+    return _show_submitted(services, job, is_new=is_new)
 
 
 @router.post(
     "/{job_id}/resubmit",
     operation_id="jobs.resubmit",
     status_code=201,
+    response_model=JobDetail,
     responses=replays(JobDetail),
     **guarded(Scope.JOBS_WRITE),
 )
@@ -103,9 +99,8 @@ async def resubmit_job(
     principal: PrincipalDep,
     key: IdempotencyKey,
     traceparent: TraceParent,
-    response: Response,
     body: Resubmission | None = None,
-) -> JobDetail:
+) -> Response:
     """Submit a new job with the recipe, options, labels and metadata of this one."""
     body = body or Resubmission()
     path = f"/v1/jobs/{job_id}/resubmit"
@@ -131,22 +126,24 @@ async def resubmit_job(
         resubmitted_from=job_id,
         traceparent=traceparent,
     )
-    return _show_submitted(services, job, response, is_new=is_new)
+    return _show_submitted(services, job, is_new=is_new)
 
 
-def _show_submitted(
-    services: Services, job: JobRecord, response: Response, *, is_new: bool
-) -> JobDetail:
-    response.headers["Location"] = services.href(f"/v1/jobs/{job.id}")
+def _show_submitted(services: Services, job: JobRecord, *, is_new: bool) -> Response:
+    headers = {"Location": services.href(f"/v1/jobs/{job.id}")}
+    response = job_answer(services, job, 201, headers)
     if not is_new:
         mark_replayed(response)
-    return show_job(services, job, response)
+    return response
 
 
-@router.get("", operation_id="jobs.list", **guarded(Scope.JOBS_READ))
-def list_jobs(
-    query: Annotated[JobQuery, Query()], services: ServicesDep, response: Response
-) -> Page[JobObject]:
+@router.get(
+    "",
+    operation_id="jobs.list",
+    response_model=Page[JobObject],
+    **guarded(Scope.JOBS_READ),
+)
+def list_jobs(query: Annotated[JobQuery, Query()], services: ServicesDep) -> Response:
     """Jobs, newest first. Follow ``next_url`` for more."""
     job_filter, cursor = query.job_filter(), None
     if query.cursor is not None:
@@ -161,22 +158,26 @@ def list_jobs(
     page = found[: query.limit]
     data = [job_object(job, services.href(f"/jobs/{job.id}")) for job in page]
     if len(found) <= query.limit:
-        return Page(data=data)
+        return page_answer(data)
     last = JobCursor(page[-1].created_at, page[-1].id)
     next_cursor = encode_cursor(last, job_filter)
     parameters = urlencode({"cursor": next_cursor, "limit": query.limit})
     next_url = services.href(f"/v1/jobs?{parameters}")
-    response.headers["Link"] = f'<{next_url}>; rel="next"'
-    return Page(data=data, next_cursor=next_cursor, next_url=next_url)
+    headers = {"Link": f'<{next_url}>; rel="next"'}
+    return page_answer(data, next_cursor=next_cursor, next_url=next_url, headers=headers)
 
 
-@router.get("/counts", operation_id="jobs.counts", **guarded(Scope.JOBS_READ))
-def count_jobs(services: ServicesDep) -> JobCounts:
+@router.get(
+    "/counts", operation_id="jobs.counts", response_model=JobCounts, **guarded(Scope.JOBS_READ)
+)
+def count_jobs(services: ServicesDep) -> Response:
     """Number of jobs in each state."""
-    return JobCounts(counts=services.store.counts())
+    return json_answer({"object": "job_counts", "counts": services.store.counts()})
 
 
-@router.get("/{job_id}", operation_id="jobs.get", **guarded(Scope.JOBS_READ))
-def read_job(job_id: JobId, services: ServicesDep, response: Response) -> JobDetail:
+@router.get(
+    "/{job_id}", operation_id="jobs.get", response_model=JobDetail, **guarded(Scope.JOBS_READ)
+)
+def read_job(job_id: JobId, services: ServicesDep) -> Response:
     """One job."""
-    return show_job(services, services.store.get(job_id), response)
+    return job_answer(services, services.store.get(job_id))

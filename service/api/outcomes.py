@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from service.api.answers import page_answer
 from service.api.deps import JobId, ServicesDep, guarded
 from service.api.objects import JobResult, Page, ShardObject
 from service.api.views import shard_object
@@ -19,11 +20,18 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 _POLL_AGAIN_SECONDS = 5
 
 
-@router.get("/{job_id}/shards", operation_id="jobs.shards", **guarded(Scope.JOBS_READ))
-def list_shards(job_id: JobId, services: ServicesDep) -> Page[ShardObject]:
+@router.get(
+    "/{job_id}/shards",
+    operation_id="jobs.shards",
+    response_model=Page[ShardObject],
+    **guarded(Scope.JOBS_READ),
+)
+def list_shards(job_id: JobId, services: ServicesDep) -> Response:
     """The output files of a job in order, with progress and receipts; empty before planning."""
-    services.store.get(job_id)
-    return Page(data=[shard_object(shard) for shard in services.store.shards(job_id)])
+    found = services.store.shards(job_id)
+    if not found:
+        services.store.get(job_id)
+    return page_answer([shard_object(shard) for shard in found])
 
 
 @router.get(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
-from service.api.objects import EventObject, JobDetail, JobObject, ShardObject, TokenObject
+from service.api.objects import JobDetail, JobObject, TokenObject
 from service.jobs.records import (
-    EventRecord,
     IntegrationState,
     JobIntegration,
     JobRecord,
@@ -19,25 +19,28 @@ from service.jobs.records import (
 from service.jobs.states import JobState
 from service.problems import problem
 
+_LISTED = tuple(JobObject.model_fields)
+_DETAILED = tuple(JobDetail.model_fields)
+
 
 def etag(job: JobRecord) -> str:
     """The entity tag of a job: changes with everything that can be seen of it."""
     return f'"{job.revision}"'
 
 
-def job_object(job: JobRecord, url: str) -> JobObject:
-    """A job as lists show it; ``url`` is its page."""
-    return JobObject.model_validate(_job_members(job, url))
+def job_object(job: JobRecord, url: str) -> dict[str, Any]:
+    """A job as lists show it (:class:`service.api.objects.JobObject`); ``url`` is its page."""
+    return _job_members(job, url, _LISTED)
 
 
-def job_detail(job: JobRecord, url: str) -> JobDetail:
-    """A job in full."""
-    return JobDetail.model_validate(_job_members(job, url))
+def job_detail(job: JobRecord, url: str) -> dict[str, Any]:
+    """A job in full (:class:`service.api.objects.JobDetail`)."""
+    return _job_members(job, url, _DETAILED)
 
 
-def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
-    return {
-        **members(job),
+def _job_members(job: JobRecord, url: str, names: Iterable[str]) -> dict[str, Any]:
+    made = {
+        "object": "job",
         "is_terminal": job.is_terminal,
         "phase": job.phase,
         "seed": job.options.get("seed", 0),
@@ -45,6 +48,7 @@ def _job_members(job: JobRecord, url: str) -> dict[str, Any]:
         "integrations": [_integration(entry, job) for entry in job.integrations],
         "etag": etag(job),
     }
+    return {name: made[name] if name in made else getattr(job, name) for name in names}
 
 
 def _integration(entry: JobIntegration, job: JobRecord) -> dict[str, Any]:
@@ -58,14 +62,9 @@ def _integration(entry: JobIntegration, job: JobRecord) -> dict[str, Any]:
     return shown
 
 
-def shard_object(shard: ShardRecord) -> ShardObject:
-    """A shard."""
-    return ShardObject.model_validate(members(shard))
-
-
-def event_object(event: EventRecord) -> EventObject:
-    """An event; the same in streams and pages."""
-    return EventObject.model_validate(members(event))
+def shard_object(shard: ShardRecord) -> dict[str, Any]:
+    """A shard (:class:`service.api.objects.ShardObject`)."""
+    return {"object": "shard", **msgspec.structs.asdict(shard)}
 
 
 def token_object(token: TokenRecord) -> TokenObject:

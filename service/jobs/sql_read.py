@@ -38,7 +38,7 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
         if row is None:
-            raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
+            raise _not_found(job_id)
         return to_record(row, JobRecord)
 
     def list_jobs(
@@ -121,6 +121,15 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             return _events(connection, job_id, after, limit)
 
+    def last_event(self, job_id: str) -> tuple[int, bool]:
+        """See :meth:`service.jobs.store.JobQueue.last_event`."""
+        query = sa.select(jobs.c.event_seq, jobs.c.state).where(jobs.c.id == job_id)
+        with self._read() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            raise _not_found(job_id)
+        return row.event_seq, row.state in TERMINAL
+
     def new_events(
         self, positions: Mapping[str, int], *, limit: int = 1000
     ) -> dict[str, list[EventRecord]]:
@@ -150,6 +159,10 @@ class ReadStatements(SqlBase):
         with self._read() as connection:
             data: bytes | None = connection.execute(query).scalar_one_or_none()
         return None if data is None else unpack(data)
+
+
+def _not_found(job_id: str) -> NotFoundError:
+    return NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
 
 
 def _events(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[EventRecord]:

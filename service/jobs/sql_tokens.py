@@ -96,10 +96,10 @@ class TokenStatements(KeyStatements):
 
     def find_token(self, secret: str) -> TokenRecord | None:
         """See :meth:`service.jobs.store.TokenStore.find_token`."""
+        recalled = self.recall_token(secret)
+        if recalled is not None:
+            return recalled
         key, now = hash_secret(secret), self._clock()
-        token, known_until = self._known_tokens.get(key, (None, 0.0))
-        if token is not None and time.monotonic() < known_until:
-            return token if token.expires_at is None or now < token.expires_at else None
         query = sa.select(tokens).where(tokens.c.hash == key, is_usable(now))
         with self._read() as connection:
             row = connection.execute(query).one_or_none()
@@ -110,6 +110,13 @@ class TokenStatements(KeyStatements):
             self._known_tokens.clear()
         self._known_tokens[key] = token, time.monotonic() + _SECONDS_KNOWN
         return token
+
+    def recall_token(self, secret: str) -> TokenRecord | None:
+        """See :meth:`service.jobs.store.TokenStore.recall_token`."""
+        token, known_until = self._known_tokens.get(hash_secret(secret), (None, 0.0))
+        if token is None or time.monotonic() >= known_until:
+            return None
+        return token if token.expires_at is None or self._clock() < token.expires_at else None
 
     def get_token(self, token_id: str) -> TokenRecord:
         """See :meth:`service.jobs.store.TokenStore.get_token`."""

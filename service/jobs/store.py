@@ -80,6 +80,9 @@ class TokenStore(Protocol):
     def find_token(self, secret: str) -> TokenRecord | None:
         """The token of a secret; None if it is unknown, expired or revoked."""
 
+    def recall_token(self, secret: str) -> TokenRecord | None:
+        """What :meth:`find_token` found a moment ago, or None; does not ask the database."""
+
     def get_token(self, token_id: str) -> TokenRecord:
         """A token, whatever became of it. Raises ``NotFoundError``."""
 
@@ -217,6 +220,9 @@ class JobQueue(Protocol):
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         """Events with ``seq > after`` in order."""
+
+    def last_event(self, job_id: str) -> tuple[int, bool]:
+        """``seq`` of a job's newest event, and whether it is terminal. Raises ``NotFoundError``."""
 
     def new_events(
         self, positions: Mapping[str, int], *, limit: int = 1000

@@ -247,13 +247,15 @@ def test_a_crash_shows_nothing_but_the_request_id(
     assert problem["request_id"] in problem["detail"]
 
 
+@pytest.mark.parametrize("method", ["find_token", "list_jobs"])
 def test_an_outage_of_the_store_asks_to_come_back(
-    api: LiveApi, monkeypatch: pytest.MonkeyPatch
+    api: LiveApi, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise MergeError("The job database does not answer.", code="not_ready", retryable=True)
 
-    monkeypatch.setattr(api.store, "find_token", fail)
+    monkeypatch.setattr(api.store, "recall_token", lambda _: None)
+    monkeypatch.setattr(api.store, method, fail)
     response = api.admin.get("/v1/jobs")
     problem = check_problem(response, "not_ready")
     assert problem["retryable"] is True

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
+from service.api.objects import (
+    EventObject,
+    JobCounts,
+    JobDetail,
+    JobObject,
+    Page,
+    ShardObject,
+)
 from service.app import describe_api
+from service.jobs.records import JobIntegration
+from service.jobs.states import JobState
 from tests.integration.api.test_problems import fill
 from tests.support.api import LiveApi
 
@@ -82,3 +95,21 @@ def test_times_are_called_so(api: LiveApi) -> None:
             kinds = [field, *field.get("anyOf", ())]
             if any(kind.get("format") == "date-time" for kind in kinds):
                 assert name == "time" or name.endswith(("_at", "_until")), name
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
+def test_bodies_that_are_made_in_one_pass_are_those_of_their_models(
+    api: LiveApi, state: JobState
+) -> None:
+    job, _ = api.bring_to(state, integrations=(JobIntegration("mlflow", {"model": "m"}),))
+    for path, model in {
+        f"/v1/jobs/{job.id}": JobDetail,
+        f"/v1/jobs/{job.id}/events": Page[EventObject],
+        f"/v1/jobs/{job.id}/shards": Page[ShardObject],
+        "/v1/jobs": Page[JobObject],
+        "/v1/jobs/counts": JobCounts,
+    }.items():
+        response = api.admin.get(path)
+        assert json.loads(model.model_validate_json(response.content).model_dump_json()) == (
+            response.json()
+        ), path
