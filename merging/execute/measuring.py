@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 from merging.errors import CheckpointError
-from merging.execute.skeleton import Done, Skeleton
+from merging.execute.mixture import Mixture
+from merging.execute.skeleton import Done, Layer, Skeleton
 from merging.plan.statistics_work import Measure
+
+FEWEST_ROUTED_ROWS = 16
+"""An expert of a mixture that fewer tokens reach counts as not measured (docs/calibration.md)."""
 
 
 class Meter:
@@ -20,10 +24,15 @@ class Meter:
         measure: What is measured.
         max_rows: Most rows that there can be.
         device: Where it is.
+
+    Attributes:
+        measure: What is measured.
+        fewest_rows: With fewer, nothing counts as measured.
     """
 
     def __init__(self, measure: Measure, max_rows: int, device: str) -> None:
         self.measure = measure
+        self.fewest_rows = 0
         self._count = 0
         width = measure.width
         shape = {"gram": (width, width), "rows": (max_rows, width), "norm": (width,)}[measure.kind]
@@ -35,11 +44,10 @@ class Meter:
         if self.measure.kind == "gram":
             self._sum += rows.t() @ rows
         elif self.measure.kind == "norm":
-            self._sum += (
-                _normalised(module, rows, self.measure.modules[0])
-                .square_()
-                .sum(0, dtype=torch.float64)
-            )
+            normalised = _normalised(module, rows)
+            if normalised is None:
+                return
+            self._sum += normalised.square_().sum(0, dtype=torch.float64)
         else:
             if self._count + len(rows) > len(self._sum):
                 raise _unlike(self.measure.modules[0], "is run more than once for a token")
@@ -47,7 +55,10 @@ class Meter:
         self._count += len(rows)
 
     def result(self) -> torch.Tensor:
-        """The flat statistic, and behind it the number of rows."""
+        """The flat statistic, and behind it the number of rows; zeros if that is too few."""
+        if self._count < self.fewest_rows:
+            self._sum.zero_()
+            self._count = 0
         return torch.cat(
             [self._sum.reshape(-1).float(), self._sum.new_tensor([self._count])]
         ).float()
@@ -65,10 +76,16 @@ class Observer:
         self._mask = torch.empty(0)
         self._seen: dict[Meter, torch.Tensor] = {}
         self._missing: set[str] = set()
-        self._names = {name for meter in meters for name in meter.measure.modules}
-        for meter in meters:
-            for name in meter.measure.modules:
-                self._hook(skeleton.find(name), name, meter)
+        self._names: set[str] = set()
+        self._mixtures: dict[str, Mixture] = {}
+        places = [(meter, name) for meter in meters for name in meter.measure.modules]
+        found = [skeleton.find_layer(name) for _, name in places]
+        for (meter, name), layer in zip(places, found, strict=True):
+            if layer.weight is None:
+                self._names.add(name)
+                self._hook(layer.module, name, meter)
+            else:
+                self._look_at_expert(skeleton, layer, meter)
 
     def begin(self, mask: torch.Tensor) -> None:
         """A new batch, B×L, of which the mask tells tokens from padding."""
@@ -76,11 +93,30 @@ class Observer:
         self._mask = mask.bool()
         self._seen.clear()
         self._missing = set(self._names)
+        for mixture in self._mixtures.values():
+            mixture.has_run = False
 
     def stop_if_done(self) -> None:
         """Raise :class:`Done` if nothing is missing any more."""
         if self.passed and not self._missing:
             raise Done
+
+    def _look_at_expert(self, skeleton: Skeleton, layer: Layer, meter: Meter) -> None:
+        """Have the rows measured that go into a layer of one expert of a mixture."""
+        assert layer.weight is not None
+        if layer.name not in self._mixtures:
+            mixture = Mixture(layer.module, lambda: self._mask)
+            self._mixtures[layer.name] = mixture
+            skeleton.model.set_submodule(layer.name, mixture)
+        meter.fewest_rows = FEWEST_ROUTED_ROWS
+
+        def look(x: torch.Tensor) -> None:
+            if x.dim() != 2 or x.shape[-1] != meter.measure.width:
+                name = meter.measure.modules[0]
+                raise _unlike(name, f"does not get {meter.measure.width} features")
+            meter.add(layer.module, x.float())
+
+        self._mixtures[layer.name].layers[layer.weight.data_ptr()] = look
 
     def check(self) -> None:
         """After a batch.
@@ -90,6 +126,9 @@ class Observer:
         """
         if self._missing:
             raise _unlike(min(self._missing), "is not run where its name says")
+        for name, mixture in self._mixtures.items():
+            if not mixture.has_run:
+                raise _unlike(name, "is not run where its name says")
 
     def _hook(self, module: nn.Module, name: str, meter: Meter) -> None:
         def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -133,14 +172,14 @@ def _is_same(x: torch.Tensor, other: torch.Tensor) -> bool:
     return x.data_ptr() == other.data_ptr() and x.shape == other.shape
 
 
-def _normalised(module: nn.Module, rows: torch.Tensor, name: str) -> torch.Tensor:
-    """x̂: what a norm makes of its input before the scale."""
+def _normalised(module: nn.Module, rows: torch.Tensor) -> torch.Tensor | None:
+    """x̂: what a norm makes of its input before the scale; None of a kind that is not known."""
     if isinstance(module, nn.LayerNorm):
         return torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=module.eps)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" in type(module).__name__ and isinstance(eps, float):
         return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    raise _unlike(name, f"is a {type(module).__name__}, of which no statistic is known")
+    return None
 
 
 def _unlike(name: str, what: str) -> CheckpointError:

@@ -6,12 +6,13 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from merging.errors import CheckpointError, WorkerError
+from merging.execute.places import Places
 from merging.plan.statistics_work import StatisticsWork
 
 _BUILDING = threading.Lock()
@@ -21,6 +22,20 @@ shards may run in threads of one process."""
 
 class Done(Exception):  # noqa: N818 - an end, not an error
     """Raised inside a model's ``forward`` once there is nothing left to learn from it."""
+
+
+class Layer(NamedTuple):
+    """A layer of a model.
+
+    Attributes:
+        name: Of its module in the model.
+        module: It.
+        weight: The layer's slice of a parameter, if the module holds all experts of a mixture.
+    """
+
+    name: str
+    module: nn.Module
+    weight: torch.Tensor | None = None
 
 
 class Skeleton:
@@ -44,7 +59,8 @@ class Skeleton:
         self._device = device
         self.model = _build(work)
         self._parameters = dict(self.model.named_parameters())
-        self._prefix = self.model.base_model_prefix
+        self._places = Places(self.model)
+        self._stacked: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             self._set(name, torch.zeros(1, device=device).expand(parameter.shape))
         self.model.to(device)
@@ -59,18 +75,28 @@ class Skeleton:
         Raises:
             CheckpointError: ``index_inconsistent``: the model has no place for it.
         """
-        known = self._known(name, self._parameters)
-        if known is None:
+        place = self._places.find(name)
+        if place is None:
             if self._is_buffer(name):
                 return
             raise self._broken(f"{self._work.architecture} has no parameter {name!r}")
-        expected = tuple(self._parameters[known].shape)
-        if expected != tuple(tensor.shape):
+        whole = tuple(self._parameters[place.parameter].shape)
+        expected = place.shape(whole)
+        if expected != tuple(tensor.shape) or (place.expert or 0) >= whole[0]:
             raise self._broken(
                 f"{name!r} is {list(tensor.shape)} where {self._work.architecture} has"
                 f" {list(expected)}"
             )
-        self._set(known, tensor.to(self._device, torch.float32))
+        if place.expert is None:
+            self._set(place.parameter, tensor.to(self._device, torch.float32))
+            return
+        if place.parameter not in self._stacked:
+            self._stacked[place.parameter] = torch.zeros(whole, device=self._device)
+            self._set(place.parameter, self._stacked[place.parameter])
+        rows = len(tensor)
+        self._stacked[place.parameter][place.expert].narrow(0, place.part * rows, rows).copy_(
+            tensor
+        )
 
     def find(self, name: str) -> nn.Module:
         """The module that a checkpoint calls so.
@@ -78,11 +104,21 @@ class Skeleton:
         Raises:
             CheckpointError: ``index_inconsistent``: there is none.
         """
-        known = self._known(name, dict(self.model.named_modules()))
-        if known is None:
+        return self.find_layer(name).module
+
+    def find_layer(self, name: str) -> Layer:
+        """The same, which may be one expert of a mixture that the model has as one module."""
+        known = self._places.among(name, dict(self.model.named_modules()))
+        if known is not None:
+            return Layer(known, self.model.get_submodule(known))
+        place = self._places.find(f"{name}.weight")
+        if place is None:
             raise self._broken(f"{self._work.architecture} has no module {name!r}")
-        module: nn.Module = self.model.get_submodule(known)
-        return module
+        module = self.model.get_submodule(place.module)
+        weight = None
+        if place.expert is not None:
+            weight = self.model.get_parameter(place.parameter)[place.expert]
+        return Layer(place.module, module, weight)
 
     def run(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         """The model's ``forward`` on a batch, until :class:`Done` is raised in it.
@@ -115,14 +151,9 @@ class Skeleton:
         with _BUILDING:
             setattr(module, own, nn.Parameter(tensor, requires_grad=False))
 
-    def _known(self, name: str, known: dict[str, Any]) -> str | None:
-        """A checkpoint's name as the model has it: with or without the base model's prefix."""
-        candidates = (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}."))
-        return next((candidate for candidate in candidates if candidate in known), None)
-
     def _is_buffer(self, name: str) -> bool:
         """Whether transformers computes a stored tensor anew, or leaves it out."""
-        if self._known(name, dict(self.model.named_buffers())) is not None:
+        if self._places.among(name, dict(self.model.named_buffers())) is not None:
             return True
         left_out = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in left_out)
@@ -156,7 +187,9 @@ def _build(work: StatisticsWork) -> Any:
     for key in ("auto_map", "architectures", "dtype", "torch_dtype"):
         values.pop(key, None)
     try:
-        config = transformers.AutoConfig.for_model(**values, attn_implementation="eager")
+        config = transformers.AutoConfig.for_model(
+            **values, attn_implementation="eager", experts_implementation="eager"
+        )
         config.use_cache = False
         with _BUILDING, init_empty_weights(include_buffers=False):
             model = architecture(config)

@@ -104,10 +104,13 @@ def merge_linear(
     Reports the samples' rows, how many directions each task took from the others, and the update's
     norm.
     """
+    from merging.ops.features import is_measured
     from merging.ops.precision import float32_products
 
     assert base is not None
     updates, statistics = _read(base, inputs, task)
+    if not is_measured([int(statistic[-1]) for statistic in statistics], task.figures):
+        return _add(base, sum(updates[1:], updates[0]), task)
     if task.transposed:
         updates = [update.t().contiguous() for update in updates]
     with float32_products(base.device):
@@ -121,7 +124,6 @@ def merge_linear(
             for basis in (*found[:number], *found[number + 1 :]):
                 trimmed -= basis @ (basis.t() @ trimmed)
             total += _with_norm_of(update, trimmed)
-    task.figures["rows"] = [int(statistic[-1]) for statistic in statistics]
     task.figures["directions"] = [basis.shape[1] for basis in found]
     return _add(base, total.t() if task.transposed else total, task)
 
@@ -132,8 +134,12 @@ def merge_norm(
     """The scale of a norm."""
     import torch
 
+    from merging.ops.features import is_measured
+
     assert base is not None
     updates, statistics = _read(base, inputs, task)
+    if not is_measured([int(statistic[-1]) for statistic in statistics], task.figures):
+        return _add(base, sum(updates[1:], updates[0]), task)
     squares = torch.stack(updates).square()
     means = torch.stack([s[:-1] / s[-1].clamp(min=1) for s in statistics]).to(squares.dtype)
     own = task.parameters.norm_tradeoff * (squares * means)

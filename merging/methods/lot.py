@@ -96,16 +96,17 @@ def merge_linear(
     base: torch.Tensor | None, inputs: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """The weight of a linear layer. Reports the samples' rows and the update's norm."""
-    from merging.ops.features import read_features, solve_pinv, solve_ridge
+    from merging.ops.features import is_measured, read_features, solve_pinv, solve_ridge
 
     assert base is not None
     parameters = task.parameters
     sums = read_features(inputs, task, base=base)
-    if parameters.solver == "ridge":
+    if not is_measured(sums.rows, task.figures):
+        update = sums.mean
+    elif parameters.solver == "ridge":
         update = solve_ridge(sums, parameters.ridge)
     else:
         update = solve_pinv(sums, parameters.rtol)
-    task.figures["rows"] = sums.rows
     task.figures["update_norm"] = parameters.scale * float(update.double().norm())
     update = update.t() if task.transposed else update
     return update.mul(parameters.scale).add_(base.to(update.dtype))
@@ -117,19 +118,23 @@ def merge_norm(
     """The scale of a norm; a channel that no sample reached takes the mean of the updates."""
     import torch
 
+    from merging.ops.features import is_measured
+
     assert base is not None
     work = torch.float64 if base.dtype == torch.float64 else torch.float32
     start = base.to(work)
     weighted, weights, total = (torch.zeros_like(start) for _ in range(3))
-    count = 0
+    rows = []
     for tensor in inputs:
         update = tensor.to(work) - start
-        squares = next(inputs)[:-1].to(work)
+        statistic = next(inputs)
+        squares = statistic[:-1].to(work)
         weighted.addcmul_(squares, update)
         weights.add_(squares)
         total.add_(update)
-        count += 1
-    update = torch.where(weights > 0, weighted / weights, total / count)
+        rows.append(int(statistic[-1]))
+    is_measured(rows, task.figures)
+    update = torch.where(weights > 0, weighted / weights, total / len(rows))
     return update.mul_(task.parameters.scale).add_(start)
 
 

@@ -5,9 +5,9 @@ Inputs alternate: an expert's tensor, its statistic (:mod:`merging.sampled`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -101,6 +101,23 @@ def read_features(
     return sums
 
 
+def is_measured(rows: Sequence[int], figures: dict[str, Any]) -> bool:
+    """Whether something was measured in every expert; if not, that is reported.
+
+    Args:
+        rows: Of each expert.
+        figures: Of the tensor's merge.
+    """
+    figures["rows"] = list(rows)
+    unseen = sum(count == 0 for count in rows)
+    if unseen:
+        figures["warnings"] = [
+            f"in {unseen} of {len(rows)} experts nothing is measured here, since too few tokens of"
+            " their samples get there, or it is a norm of an unknown kind: merged without samples"
+        ]
+    return not unseen
+
+
 def solve_ridge(sums: FeatureSums, ridge: float) -> torch.Tensor:
     """``(Σ V_i H_i + r mean(V)) (Σ H_i + r I)⁻¹`` with r = ridge · trace(Σ H_i)/I.
 
@@ -137,9 +154,9 @@ def solve_pinv(sums: FeatureSums, rtol: float | None) -> torch.Tensor:
 
 
 def regression_mean(
-    inputs: Iterator[torch.Tensor], layer: StoredLayer, alpha: float
-) -> tuple[torch.Tensor, list[int]]:
-    """RegMean's weights of a layer, as it is stored, and how many inputs of each expert say so.
+    inputs: Iterator[torch.Tensor], layer: StoredLayer, alpha: float, figures: dict[str, Any]
+) -> torch.Tensor:
+    """RegMean's weights of a layer, as it is stored. Reports the samples' rows in ``figures``.
 
     Where the Gram matrices, of which all but the diagonals are scaled by ``alpha``, add up to a
     singular one, the mean of the weights (by a ridge of 1e-7 of the mean eigenvalue).
@@ -154,8 +171,9 @@ def regression_mean(
         return shrunk.div_(max(count, 1))
 
     sums = read_features(inputs, layer, treat=shrink)
-    merged = solve_ridge(sums, _REGRESSION_RIDGE)
-    return (merged.t() if layer.transposed else merged), sums.rows
+    is_known = is_measured(sums.rows, figures)
+    merged = solve_ridge(sums, _REGRESSION_RIDGE) if is_known else sums.mean
+    return merged.t() if layer.transposed else merged
 
 
 def mean_update(

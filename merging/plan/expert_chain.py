@@ -49,6 +49,10 @@ _SHARED_INPUT = {
     "attention.v": "attention",
     "mlp.gate": "mlp",
     "mlp.up": "mlp",
+    "mlp.experts.gate": "mlp",
+    "mlp.experts.up": "mlp",
+    "mlp.shared_experts.gate": "mlp",
+    "mlp.shared_experts.up": "mlp",
 }
 """Roles of layers that read the same: one statistic serves them (the worker checks it)."""
 _OTHER_COMPANIONS = re.compile(r"^generation_config|processor_config|^feature_extractor")

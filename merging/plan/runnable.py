@@ -39,8 +39,6 @@ def unfit(expert: Expert) -> list[Fault]:
     if len(stacks) != 1:
         told = shorten_list(sorted(stacks)) if stacks else "none"
         return refuse(f"has not one stack of blocks by its tensors' names ({told}).")
-    if any(role_of(index, e).kind.startswith("mlp.experts.") for e in index.tensors.values()):
-        return refuse("is a mixture of experts, of which no statistics are taken by this version.")
     if hidden_width(index) is None:
         return refuse(f"has none of {', '.join(_WIDTH_KEYS)} in its config.json.")
     return []

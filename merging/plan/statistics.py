@@ -28,7 +28,7 @@ from merging.recipe import Recipe
 from merging.sampled import BIAS, LINEAR, NORM
 from merging.storage.base import Storage
 
-_LINEAR = ("attention.", "mlp.", "other", "projection")
+_LINEAR = ("attention.", "mlp.", "router", "other", "projection")
 
 
 def add_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,36 @@ def _bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**_SIZES))
 
 
+def _mixtral() -> Any:
+    """Its checkpoints hold every expert by itself, under names that the model does not have."""
+    config = transformers.MixtralConfig(
+        **_GROUPED, **_SPECIAL, num_local_experts=3, num_experts_per_tok=2
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def _qwen2_moe() -> Any:
+    """Beside the experts one that sees all tokens, and layers that are no mixtures."""
+    config = transformers.Qwen2MoeConfig(
+        **_GROUPED,
+        **_SPECIAL,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        mlp_only_layers=[1],
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
     "gpt2": _gpt2,
     "bert": _bert,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
 }
 
 
@@ -131,8 +156,25 @@ def hooked_inputs(folder: Path, module_names: Sequence[str]) -> dict[str, torch.
 
         return look
 
+    def look_at_expert(name: str, number: int) -> Callable[..., None]:
+        def look(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            hidden, chosen = inputs[:2]
+            x = hidden.detach()[(chosen == number).any(-1)]
+            if name.endswith(("w2", "down_proj")):
+                gate, up = (x @ module.gate_up_proj[number].detach().T).chunk(2, -1)
+                x = torch.nn.functional.silu(gate) * up
+            rows[name].append(x)
+
+        return look
+
     for name in module_names:
-        model.get_submodule(name).register_forward_pre_hook(hook(name))
+        own = name.replace("block_sparse_moe", "mlp")
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.\w+", own)
+        if expert:
+            look = look_at_expert(name, int(expert[2]))
+            model.get_submodule(expert[1]).register_forward_pre_hook(look)
+        else:
+            model.get_submodule(own).register_forward_pre_hook(hook(name))
     with torch.no_grad():
         for sample in SAMPLES:
             model(input_ids=torch.tensor([sample]))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from merging.errors import CheckpointError, PlanError, RecipeError
+from merging.execute.measuring import FEWEST_ROUTED_ROWS
 from merging.execute.skeleton import Skeleton
 from merging.local_run import run_plan
 from merging.options import MergeOptions
@@ -36,6 +37,8 @@ from tests.support.checkpoints import make_family
 from tests.support.merges import load_merged, weight_bytes
 
 pytestmark = pytest.mark.slow
+
+NUM_TOKENS = sum(map(len, SAMPLES))
 
 
 def plan_of(document: dict[str, Any], output: Path, **options: Any) -> Plan:
@@ -75,6 +78,10 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
             statistic = tensors[measure.modules[0]]
             for name in measure.modules:
                 X = rows[name].double()
+                if ".experts." in name and len(X) < FEWEST_ROUTED_ROWS:
+                    assert not statistic.any()
+                    kinds["unseen"] += 1
+                    continue
                 if measure.kind == "norm":
                     expected = normalised(skeleton.find(name), rows[name]).square().sum(0)
                     actual = statistic[:-1].double()
@@ -87,6 +94,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
             kinds[measure.kind] += 1
     assert kinds["gram"] >= 9
     assert kinds["norm"] >= 6
+    assert (kinds["unseen"] > 0) == (architecture in ("mixtral", "qwen2_moe"))
     assert all(receipts[s.index].bytes_read == s.bytes_read for s in shards)
 
 
@@ -283,3 +291,28 @@ def test_the_example_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [work_of(plan, s).num_samples for s in statistics_shards(plan)] == [64] * 8
     assert report["bytes_read"] == plan.totals.bytes_read
     assert load_merged(tmp_path / "out").keys() == load_merged(tmp_path / "models/base").keys()
+
+
+@pytest.mark.parametrize("method", ["lot", "regmean", "cat"])
+def test_experts_of_mixtures_are_merged_one_by_one(tmp_path: Path, method: str) -> None:
+    """What too few tokens reach is merged without samples, and the report names it."""
+    models = write_models(tmp_path / "models", "mixtral", 2)
+    report = run_plan(plan_of(calibrated_recipe(models, method), tmp_path / "out"), open_storage())
+    tensors = {tensor["name"]: tensor for tensor in report["tensors"]}
+    mixture = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    assert len(mixture) == 3 * 3 * 3
+    unseen = {name for name, tensor in mixture.items() if 0 in tensor["rows"]}
+    seen = mixture.keys() - unseen
+    assert unseen
+    assert all(FEWEST_ROUTED_ROWS <= min(tensors[name]["rows"]) <= NUM_TOKENS for name in seen)
+    assert any("too few tokens" in text and min(unseen) in text for text in report["warnings"])
+    if method == "lot":
+        assert tensors["model.layers.0.block_sparse_moe.gate.weight"]["rows"] == [NUM_TOKENS] * 2
+    merged, base = load_merged(tmp_path / "out"), load_merged(models[0])
+    experts = [load_merged(model) for model in models[1:]]
+    for name in unseen:
+        updates = torch.stack([expert[name] - base[name] for expert in experts])
+        update = updates.sum(0) * 0.4 if method == "cat" else updates.mean(0)
+        torch.testing.assert_close(merged[name], base[name] + update)
+    for name in seen:
+        assert not torch.allclose(merged[name], torch.stack([e[name] for e in experts]).mean(0))
