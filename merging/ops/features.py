@@ -102,7 +102,7 @@ def read_features(
 
 
 def is_measured(rows: Sequence[int], figures: dict[str, Any]) -> bool:
-    """Whether something was measured in every expert; if not, that is reported.
+    """Whether something was measured in any expert; where it was not, that is reported.
 
     Args:
         rows: Of each expert.
@@ -113,9 +113,10 @@ def is_measured(rows: Sequence[int], figures: dict[str, Any]) -> bool:
     if unseen:
         figures["warnings"] = [
             f"in {unseen} of {len(rows)} experts nothing is measured here, since too few tokens of"
-            " their samples get there, or it is a norm of an unknown kind: merged without samples"
+            " their samples get there, or it is a norm of an unknown kind"
+            + (": the others decide" if any(rows) else ": merged without samples")
         ]
-    return not unseen
+    return any(rows)
 
 
 def solve_ridge(sums: FeatureSums, ridge: float) -> torch.Tensor:

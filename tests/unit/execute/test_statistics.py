@@ -301,18 +301,21 @@ def test_experts_of_mixtures_are_merged_one_by_one(tmp_path: Path, method: str) 
     tensors = {tensor["name"]: tensor for tensor in report["tensors"]}
     mixture = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
     assert len(mixture) == 3 * 3 * 3
-    unseen = {name for name, tensor in mixture.items() if 0 in tensor["rows"]}
-    seen = mixture.keys() - unseen
-    assert unseen
-    assert all(FEWEST_ROUTED_ROWS <= min(tensors[name]["rows"]) <= NUM_TOKENS for name in seen)
-    assert any("too few tokens" in text and min(unseen) in text for text in report["warnings"])
+    rows = {name: tensor["rows"] for name, tensor in mixture.items()}
+    assert all(
+        n == 0 or FEWEST_ROUTED_ROWS <= n <= NUM_TOKENS for own in rows.values() for n in own
+    )
+    unseen = {name for name, own in rows.items() if not any(own)}
+    some = {name for name, own in rows.items() if any(own) and not all(own)}
+    warnings = " ".join(report["warnings"])
+    assert ("the others decide" in warnings) == bool(some)
+    assert ("merged without samples" in warnings) == bool(unseen)
+    assert some | unseen
     if method == "lot":
         assert tensors["model.layers.0.block_sparse_moe.gate.weight"]["rows"] == [NUM_TOKENS] * 2
     merged, base = load_merged(tmp_path / "out"), load_merged(models[0])
     experts = [load_merged(model) for model in models[1:]]
-    for name in unseen:
+    for name, own in rows.items():
         updates = torch.stack([expert[name] - base[name] for expert in experts])
-        update = updates.sum(0) * 0.4 if method == "cat" else updates.mean(0)
-        torch.testing.assert_close(merged[name], base[name] + update)
-    for name in seen:
-        assert not torch.allclose(merged[name], torch.stack([e[name] for e in experts]).mean(0))
+        plain = base[name] + (updates.sum(0) * 0.4 if method == "cat" else updates.mean(0))
+        assert torch.allclose(merged[name], plain, atol=1e-5) == (not any(own))
