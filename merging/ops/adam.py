@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -59,30 +60,55 @@ def adam_on_problem(
         row_block: Rows solved at a time; 0 means all.
         precision: Of the products in the steps.
     """
-    if not steps or not M.numel():
+    if not M.numel():
         return
     for rows in problem.row_blocks(row_block):
-        M_rows = M[rows]
-        gradient = torch.empty_like(M_rows)
-        first, second = torch.zeros_like(M_rows), torch.zeros_like(M_rows)
-        steps_taken = torch.zeros((), dtype=torch.float32, device=M.device)
         half_gradient = problem.half_gradient(rows, precision)
         with float32_products(M.device, precision):
-            for _ in range(steps):
-                half_gradient(M_rows, gradient)
-                adam(
-                    [M_rows],
-                    [gradient],
-                    [first],
-                    [second],
-                    [],
-                    [steps_taken],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=_BETA1,
-                    beta2=_BETA2,
-                    lr=learning_rate,
-                    weight_decay=0.0,
-                    eps=epsilon / 2,
-                    maximize=False,
-                )
+            take_adam_steps(
+                M[rows],
+                half_gradient,
+                steps=steps,
+                learning_rate=learning_rate,
+                epsilon=epsilon / 2,
+            )
+
+
+def take_adam_steps(
+    M: torch.Tensor,
+    write_gradient: Callable[[torch.Tensor, torch.Tensor], None],
+    *,
+    steps: int,
+    learning_rate: float,
+    epsilon: float,
+) -> None:
+    """Take Adam steps on a matrix, in place.
+
+    Args:
+        M: Start, contiguous; becomes the result.
+        write_gradient: Writes the gradient at its first argument to its second.
+        steps: Number of steps; all of them are taken.
+        learning_rate: Step size, in the unit of M.
+        epsilon: Added to the root of the second moment, in the unit of the gradient.
+    """
+    gradient = torch.empty_like(M)
+    first, second = torch.zeros_like(M), torch.zeros_like(M)
+    steps_taken = torch.zeros((), dtype=torch.float32, device=M.device)
+    for _ in range(steps):
+        write_gradient(M, gradient)
+        adam(
+            [M],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [steps_taken],
+            fused=True,
+            amsgrad=False,
+            beta1=_BETA1,
+            beta2=_BETA2,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=epsilon,
+            maximize=False,
+        )

@@ -34,6 +34,7 @@ NOT_THE_EXPERT = {
     "ram": DROPS,
     "ramplus_tl": DROPS,
     "pcb": DROPS,
+    "doge": "gives every expert the same norm",
 }
 """Methods with which one expert, by default, is not the result."""
 
@@ -42,6 +43,7 @@ NOT_IN_PROPORTION = {
     "arcee_fusion": "ranks rows by their softmaxes",
     "ram": DROPS,
     "ramplus_tl": DROPS,
+    "doge": "gives every expert the same norm",
 }
 """Methods whose update does not grow in proportion to the task vectors."""
 

@@ -413,3 +413,32 @@ def opcm_sum(vectors: Sequence[np.ndarray], alpha: float | None) -> np.ndarray:
             T = U @ inner @ Vt
         total = total + T
     return total
+
+
+def doge(
+    vectors: Sequence[np.ndarray],
+    thresholds: Sequence[float],
+    *,
+    eta: float,
+    subspace: int,
+    steps: int,
+    learning_rate: float,
+) -> np.ndarray:
+    """The authors' loss by automatic differentiation, gradients projected, largest entries kept."""
+    smaller, each = min(vectors[0].shape), min(vectors[0].shape) // len(vectors)
+    leading = [np.linalg.svd(T, full_matrices=False)[0][:, :each] for T in vectors]
+    shared = np.linalg.svd(np.concatenate(leading, axis=1), full_matrices=False)[0]
+    U = torch.from_numpy(shared[:, : smaller // subspace])
+    Ts = torch.stack([torch.from_numpy(T) for T in vectors])
+    factors = eta / Ts.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    delta = torch.nn.Parameter(torch.zeros_like(Ts[0]))
+    adam = torch.optim.Adam([delta], lr=learning_rate)
+    for _ in range(steps):
+        adam.zero_grad()
+        merged = (factors * (Ts + delta)).sum(dim=0)
+        loss = sum((T * (T - merged)).sum(dim=1).square().sum() for T in Ts)
+        loss.backward()
+        delta.grad -= U @ U.T @ delta.grad
+        adam.step()
+    masks = torch.stack([T.abs() >= threshold for T, threshold in zip(Ts, thresholds, strict=True)])
+    return (factors * masks * (Ts + delta)).sum(dim=0).detach().numpy()

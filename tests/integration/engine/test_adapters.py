@@ -64,6 +64,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "consensus_ties": {"scope": "tensor"},  # adapters are trimmed over what they change
     "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5},
+    "doge": {"density": 1.0, "steps": 20},
     "nearswap": {"t": 1e-3},
     "passthrough": {"scale": 0.5},
     "pcb": {"scope": "tensor"},
