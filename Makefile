@@ -72,7 +72,7 @@ bench: setup                                  ## measured figures, never asserte
 screenshots: setup-test dashboard             ## every page, two widths, two themes; ARGS=--readme: the README's
 	$(BIN)/python -m tests.screenshots $(ARGS)
 
-parity: setup-test                            ## the same recipes through mergekit and here, compared
+parity: setup-test                            ## the same merges by mergekit, by FusionBench and here, compared
 	$(BIN)/python -m tests.parity
 
 chaos: setup-test                             ## random faults; ARGS="--seconds 600 --seed 1"

@@ -1,6 +1,7 @@
-"""``python -m tests.parity``: the same recipes through mergekit and through this project, compared.
+"""``python -m tests.parity``: the same merges by other projects and by this one, compared.
 
-mergekit is installed in an environment of its own (``.cache``). Models are tiny and made here. The
+mergekit gets the same recipes, FusionBench, which has none, calls of its functions. Each is
+installed in an environment of its own (``.cache``). Models are tiny and made here. The
 exit status is 1 if a result is further off than its case allows.
 """
 
@@ -10,6 +11,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +28,95 @@ from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
 from tests.parity.cases import CASES, VOCABULARIES, Case
+from tests.parity.fusion_bench_cases import CASES as FUSION_BENCH_CASES
 from tests.support.checkpoints import Family, make_family
 from tests.support.composed import write_t5
 from tests.support.environments import plain_environment, python_with
 from tests.support.merges import load_merged
 from tests.support.tokenizers import write_model
 
-VERSION = "0.1.5"
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _TORCH = "torch==2.13.0+cpu"
 
 
+@dataclass(frozen=True)
+class Side:
+    """Another project.
+
+    Attributes:
+        package: On the package index.
+        version: Of it.
+        before: Requirements that are installed before it.
+        script: What runs in its environment.
+        cases: What is compared.
+    """
+
+    package: str
+    version: str
+    before: tuple[str, ...]
+    script: str
+    cases: Sequence[Case]
+
+
+SIDES = (
+    Side("mergekit", "0.1.5", (_TORCH,), "mergekit_side.py", CASES),
+    # Some of its modules do not load with later versions of transformers.
+    Side(
+        "fusion-bench",
+        "0.2.33",
+        (_TORCH, "transformers==5.0.0"),
+        "fusion_bench_side.py",
+        FUSION_BENCH_CASES,
+    ),
+)
+
+
 def main() -> int:
-    """Run all cases and print a table; the exit status."""
+    """Run all cases and print tables; the exit status."""
     console = Console(width=100)
+    return max([_compare(side, console) for side in SIDES])
+
+
+def _compare(side: Side, console: Console) -> int:
     try:
-        python = python_with("mergekit", VERSION, _TORCH)
+        python = python_with(side.package, side.version, *side.before)
     except pytest.skip.Exception as reason:
-        console.print(f"mergekit {VERSION} is needed for the comparison: {reason}")
+        console.print(f"{side.package} {side.version} is needed for the comparison: {reason}")
         return 1
-    table = Table("case", "difference", "entries with the same bits", "allowed", "")
+    columns = ("case", "difference", "entries with the same bits", "allowed", "")
+    table = Table(*columns, title=f"{side.package} {side.version}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         family = make_family(folder / "models", rms=2e-3)
         for number, (words, special) in enumerate(VOCABULARIES):
             write_model(folder / f"models/v{number}", words, special, seed=number)
             write_t5(folder / f"models/t{number}", seed=number)
-        told = _merge_theirs(python, family, folder)
+        told = _merge_theirs(python, side, family, folder)
         results = [
-            _judge(case, family, folder, text) for case, text in zip(CASES, told, strict=True)
+            _judge(number, case, family, folder, text)
+            for number, (case, text) in enumerate(zip(side.cases, told, strict=True))
         ]
-    for case, (difference, same, fault) in zip(CASES, results, strict=True):
+    for case, (difference, same, fault) in zip(side.cases, results, strict=True):
         allowed = "same bits" if case.tolerance == 0 else f"{case.tolerance:.0e}"
         table.add_row(case.name, f"{difference:.1e}", f"{100 * same:.1f} %", allowed, fault or "ok")
     console.print(table)
     return int(any(fault for _, _, fault in results))
 
 
-def _merge_theirs(python: Path, family: Family, folder: Path) -> list[str]:
+def _merge_theirs(python: Path, side: Side, family: Family, folder: Path) -> list[str]:
+    models = [str(path) for path in (family.base, *family.experts)]
     jobs = [
-        {"recipe": _with_models(case.recipe, family), "output": str(folder / f"theirs-{number}")}
-        for number, case in enumerate(CASES)
+        {"output": str(folder / f"theirs-{number}")}
+        | (
+            {"call": {**case.call, "models": models}}
+            if case.call
+            else {"recipe": _with_models(case.recipe, family)}
+        )
+        for number, case in enumerate(side.cases)
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("mergekit_side.py")
+    script = Path(__file__).with_name(side.script)
     done = subprocess.run(
         [str(python), str(script), str(file)],
         env=plain_environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"),
@@ -80,11 +127,12 @@ def _merge_theirs(python: Path, family: Family, folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def _judge(case: Case, family: Family, folder: Path, told: str) -> tuple[float, float, str]:
+def _judge(
+    number: int, case: Case, family: Family, folder: Path, told: str
+) -> tuple[float, float, str]:
     """The largest difference of a tensor, the share of equal entries, and what is wrong."""
-    number = CASES.index(case)
     if told != "ok":
-        return 0.0, 0.0, f"mergekit: {told}"
+        return 0.0, 0.0, f"theirs: {told}"
     theirs = load_merged(folder / f"theirs-{number}")
     ours = _merge_ours(_with_models(case.recipe, family), folder / f"ours-{number}")
     if case.by_token:

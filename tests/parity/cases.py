@@ -30,6 +30,7 @@ class Case:
             tokens that a union adds in no order.
         flipped: Share of entries that may differ by more, where a method chooses entries by a
             threshold and rounding decides single ones.
+        call: What the other side does where it knows no recipes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     tolerance: float = BITS
     flipped: float = 0.0
     by_token: bool = False
+    call: dict[str, Any] | None = None
 
 
 def _models(*parameters: dict[str, Any], base: bool = False) -> list[dict[str, Any]]:

@@ -18,10 +18,11 @@ from tests.support.documents import REPOSITORY
 _CACHE = REPOSITORY / ".cache"
 
 
-def python_with(package: str, version: str, first: str | None = None) -> Path:
+def python_with(package: str, version: str, *before: str) -> Path:
     """The Python of an environment with a package; skips where it cannot be installed.
 
-    ``first`` is a requirement to install before, if it can be had: a smaller build of something.
+    ``before`` are requirements to install before, one after another, if they can be had: a smaller
+    build of something, a version that the package works with.
     """
     environment = _CACHE / f"{package}-{version}"
     python, ready = environment / "bin" / "python", environment / "ready"
@@ -32,14 +33,12 @@ def python_with(package: str, version: str, first: str | None = None) -> Path:
             return python
         made = [sys.executable, "-m", "venv", "--clear", str(environment)]
         installed = [str(python), "-m", "pip", "install", "--quiet", f"{package}=={version}"]
-        if first is not None:
-            subprocess.run(made, check=True)
-            subprocess.run([*installed[:-1], first], capture_output=True)
-        for command in (made, installed)[first is not None :]:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                reason = done.stderr.strip()[-300:]
-                pytest.skip(f"{package} cannot be installed here: {reason}")
+        subprocess.run(made, check=True)
+        for requirement in before:
+            subprocess.run([*installed[:-1], requirement], capture_output=True)
+        done = subprocess.run(installed, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{package} cannot be installed here: {done.stderr.strip()[-300:]}")
         ready.touch()
     return python
 
