@@ -181,9 +181,10 @@ class _Alignment:
 
     def _setting(self, work: AlignmentWork) -> int:
         """The setting of this work; head and embedding share one."""
-        key = hashlib.sha256(msgspec.json.encode(work)).hexdigest()
+        data = msgspec.json.encode(work)
+        key = hashlib.sha256(data).hexdigest()
         if key not in self._settings:
-            setting = Setting(ALIGN, msgspec.to_builtins(work))
+            setting = Setting(ALIGN, msgspec.json.decode(data))
             self._settings[key] = self._builder.settings.add(setting)
         return self._settings[key]
 

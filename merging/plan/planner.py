@@ -10,7 +10,6 @@ taken over from the base model, or from the first expert where there is none; so
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import msgspec
 
@@ -21,6 +20,7 @@ from merging.plan.alignment import align, with_output_rows
 from merging.plan.chat_template import choose_chat_template, is_chat_template
 from merging.plan.cost import Budgets
 from merging.plan.dividing import divide_large
+from merging.plan.documents import plan_documents
 from merging.plan.fit import check_fit
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
@@ -31,12 +31,11 @@ from merging.plan.plan import (
     WORKSPACE,
     Input,
     Plan,
-    Shard,
-    Totals,
     checkpoint_uris,
 )
 from merging.plan.problems import ProblemBuilder
 from merging.plan.reading import read_inputs
+from merging.plan.stages import sum_up
 from merging.plan.staging import Staging
 from merging.plan.statistics import add_statistics
 from merging.plan.tensors import check_tensors, unmatched_filters
@@ -69,6 +68,8 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         PlanError: ``output_exists``, ``nothing_to_do`` or ``does_not_fit``.
         StorageError: Something cannot be read.
     """
+    if recipe.documents:
+        return plan_documents(recipe, storage, options, output_uri, make_plan)
     output_uri = storage.normalise(output_uri)
     warnings = list(recipe.warnings)
     variants = describe_variants(recipe)
@@ -136,7 +137,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         config=tokenizer.adapt_config(config),
         companions=companions,
         warnings=tuple(warnings),
-        totals=_totals(shards),
+        totals=sum_up(shards),
         device_memory_budget=options.device_memory_budget,
         variants=variants,
         chat_template=chat_template,
@@ -192,16 +193,3 @@ def _expert_input(expert: Expert, base: CheckpointIndex | None) -> Input:
         (digest, checkpoint_digest(adapter.uri, adapter.files), adapter.config_version)
     )
     return Input(uri, "expert", f"sha256:{hashlib.sha256(both.encode()).hexdigest()}")
-
-
-def _totals(shards: Sequence[Shard]) -> Totals:
-    problems = [problem for shard in shards for problem in shard.problems]
-    return Totals(
-        tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
-        bytes_read=sum(shard.bytes_read for shard in shards),
-        bytes_written=sum(shard.bytes_written for shard in shards),
-        flops=sum(problem.flops for problem in problems),
-        max_host_bytes=max(problem.host_bytes for problem in problems),
-        max_device_bytes=max(problem.device_bytes for problem in problems),
-        bytes_intermediate=sum(shard.size for shard in shards if not shard.is_output),
-    )

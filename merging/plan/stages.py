@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, Shard, Totals
 
 
 def shards_needed(plan: Plan) -> list[frozenset[int]]:
@@ -37,3 +37,17 @@ def shards_left(plan: Plan, done: Container[int]) -> set[int]:
             left.add(index)
             wanted += needed[index]
     return left
+
+
+def sum_up(shards: Sequence[Shard]) -> Totals:
+    """Sums over all shards of a plan."""
+    problems = [problem for shard in shards for problem in shard.problems]
+    return Totals(
+        tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
+        bytes_read=sum(shard.bytes_read for shard in shards),
+        bytes_written=sum(shard.bytes_written for shard in shards),
+        flops=sum(problem.flops for problem in problems),
+        max_host_bytes=max(problem.host_bytes for problem in problems),
+        max_device_bytes=max(problem.device_bytes for problem in problems),
+        bytes_intermediate=sum(shard.size for shard in shards if not shard.is_output),
+    )

@@ -38,10 +38,13 @@ _FLOAT = re.compile(
 )
 
 
-def load_document(document: str | bytes | Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
+def load_document(
+    document: str | bytes | Mapping[str, Any], faults: list[Fault], *, several: bool = False
+) -> dict[str, Any]:
     """Read a recipe's text (YAML, or JSON, told by its first character), or copy a mapping.
 
-    Values that are not plain data are added to ``faults`` and become None.
+    Values that are not plain data are added to ``faults`` and become None. With ``several``, a text
+    of several YAML documents becomes a mapping with these as a list under ``documents``.
 
     Raises:
         RecipeError: ``invalid_recipe``: it cannot be read, is no mapping, too large or too deep.
@@ -50,7 +53,8 @@ def load_document(document: str | bytes | Mapping[str, Any], faults: list[Fault]
         data: Any = document
     else:
         text = _decode(document)
-        data = _load_json(text) if text.lstrip().startswith("{") else _load_yaml(text)
+        is_json = text.lstrip().startswith("{")
+        data = _load_json(text) if is_json else _load_yaml(text, several=several)
     if not isinstance(data, Mapping):
         raise RecipeError(
             f"A recipe is a mapping with keys such as 'models' and 'merge_method'; this document"
@@ -107,14 +111,11 @@ def _load_json(text: str) -> Any:
         ) from None
 
 
-def _load_yaml(text: str) -> Any:
+def _load_yaml(text: str, *, several: bool = False) -> Any:
     try:
-        _check_events(text)
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        _check_events(text, several=several)
+        found = [item for item in yaml.load_all(text, Loader=_Loader) if item is not None]
+        return {"documents": found} if len(found) > 1 else next(iter(found), None)
     except yaml.MarkedYAMLError as error:
         raise RecipeError(f"The recipe is not valid YAML: {_explain(error)}.") from None
     except yaml.YAMLError as error:
@@ -129,7 +130,7 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     return f"{error.problem or error.context}{place}"
 
 
-def _check_events(text: str) -> None:
+def _check_events(text: str, *, several: bool) -> None:
     """Refuse, while it is still a stream of events, what must not be built in memory."""
     depth = nodes = aliases = documents = 0
     for event in yaml.parse(text, Loader=_Loader):
@@ -143,10 +144,10 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
         nodes += isinstance(event, yaml.NodeEvent)
-        if documents > 1:
+        if documents > 1 and not several:
             raise RecipeError(
-                f"The text holds several YAML documents (the second begins at line {line}); a"
-                " recipe is one document, so submit them one by one."
+                f"The text holds several YAML documents (the second begins at line {line}), where"
+                " one is expected."
             )
         if depth > MAX_DEPTH:
             raise RecipeError(f"Line {line} is nested deeper than {MAX_DEPTH} levels.")

@@ -12,6 +12,7 @@ from merging.method import MergeMethod, get_method
 from merging.recipe.calibration import join_calibration, read_calibration
 from merging.recipe.chat_templates import AUTO, TEMPLATES, is_template
 from merging.recipe.document import load_document
+from merging.recipe.documents import KEY, read_documents
 from merging.recipe.parameters import (
     Rule,
     check_together,
@@ -73,11 +74,15 @@ def validate_recipe(
     """The recipe, or everything that is wrong with it (a hundred faults at the most)."""
     faults: list[Fault] = []
     try:
-        data = load_document(document, faults)
+        data = load_document(document, faults, several=True)
     except RecipeError as error:
         return None, list(error.faults) or [Fault("", error.code, error.detail)]
-    is_sweep = data.get("sweep") is not None
-    recipe, found = read_sweep(data, _read) if is_sweep else _read(data)
+    recipe: Recipe | None
+    if KEY in data:
+        recipe, found = read_documents(data, _read)
+    else:
+        is_sweep = data.get("sweep") is not None
+        recipe, found = read_sweep(data, _read) if is_sweep else _read(data)
     known = {fault.pointer for fault in faults}
     faults += [fault for fault in found if fault.pointer not in known]
     return (None, faults[:_MAX_FAULTS]) if faults else (recipe, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merging.recipe.document import escape_pointer
@@ -132,6 +132,9 @@ class Recipe:
             first.
         slices: The layers of the output from the first to the last, if not taken from whole models.
         modules: The parts of the output, if they are merged in different ways.
+        documents: Other recipes that this one, or one after them, refers to by name; each after
+            those that it needs.
+        pointer: Where it stands among the documents that it was read with.
         tokenizer: Which tokenizer the output has; None is that of the base or first model.
         chat_template: ``auto``, the name of a known one, or a Jinja template.
         calibration: Where samples are, for experts that do not say so themselves.
@@ -148,6 +151,8 @@ class Recipe:
     sweep: Sweep | None = None
     slices: tuple[Slice, ...] = ()
     modules: tuple[Module, ...] = ()
+    documents: tuple[Recipe, ...] = ()
+    pointer: str = field(default="", compare=False)
     tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -184,10 +189,14 @@ class Recipe:
         """The recipe as plain data in one form: sorted keys, numbers in their parameter's type,
         and without what equals the default. Reading it again gives an equal recipe.
 
-        A sweep stays as it is written; the recipes of its variants have the one form.
+        A sweep stays as it is written; the recipes of its variants have the one form. Documents
+        stand in the order in which they need each other.
         """
         if self.sweep is not None:
             return dict(self.sweep.document)
+        if self.documents:
+            last = replace(self, documents=())
+            return {"documents": [one.normalised() for one in (*self.documents, last)]}
         plain = {
             "name": self.name,
             "merge_method": self.merge_method,

@@ -258,6 +258,23 @@ CASES = [
             shared={"models": [{"model": "T2"}]},
         ),
     ),
+    Case(
+        "documents that refer to each other",
+        {
+            "documents": [
+                {
+                    "merge_method": "slerp",
+                    "base_model": "left",
+                    "models": [{"model": "left"}, {"model": "right"}],
+                    "parameters": {"t": 0.4},
+                    "dtype": "float32",
+                },
+                {"name": "left", **_recipe("ties", _models(*SPARSE))},
+                {"name": "right", **_recipe("task_arithmetic", _models(*WEIGHTS[:2]))},
+            ]
+        },
+        1e-4,
+    ),
     *(
         Case(f"vocabularies, {name}", _vocabularies(**changes), tolerance, by_token=True)
         for name, tolerance, changes in (
