@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 
-import { bytes, duration, flops, percent, plural, shortUri } from "../src/lib/format";
+import { bytes, duration, flops, percent, plural, shortUri, wholeSize } from "../src/lib/format";
 import { concerns, firstSentence, remedy } from "../src/lib/words";
 import { toYaml } from "../src/lib/yaml";
 import { parsePlace } from "../src/lib/router";
@@ -55,4 +55,12 @@ test("YAML that is written means what the JSON meant", () => {
 test("addresses are read below any prefix", () => {
   expect(parsePlace("/tools/merge/jobs/job_1", "?tab=log", "/tools/merge/").segments).toEqual(["jobs", "job_1"]);
   expect(parsePlace("/", "", "/").segments).toEqual([]);
+});
+
+test.each([
+  [5_000_000_000, "5GB"],
+  [300_000, "300kB"],
+  [1_234_567, "1234567"],
+])("a size is written as the recipe's options take it: %d", (size, text) => {
+  expect(wholeSize(size)).toBe(text);
 });

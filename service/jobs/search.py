@@ -62,7 +62,11 @@ def keep_text(connection: sa.Connection, job: JobRecord) -> None:
 def has_words(text: str) -> sa.ColumnElement[bool]:
     """Whether the job that a query selects has every word of a text, anywhere."""
     words = text.casefold().split()
-    found = sa.select(job_texts.c.job_id).where(
-        *(job_texts.c.text.contains(word, autoescape=True) for word in words)
+    return (
+        sa.select(sa.literal(1))
+        .where(
+            job_texts.c.job_id == jobs.c.id,
+            *(job_texts.c.text.contains(word, autoescape=True) for word in words),
+        )
+        .exists()
     )
-    return jobs.c.id.in_(found)

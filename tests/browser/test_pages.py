@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,26 @@ def views(yard: Yard) -> Iterator[str]:
     yield from ("workers", "settings", "settings?tab=webhooks", "settings?tab=about")
     for tab in ("", "shards", "report", "recipe", "events"):
         yield f"jobs/{job_id}?tab={tab}"
+
+
+def test_every_view_links_to_its_json_and_copies_the_command_that_reads_it(
+    browser: Browser, yard: Yard
+) -> None:
+    clipboard = {"permissions": ["clipboard-read", "clipboard-write"]}
+    with open_page(browser, **clipboard) as page, yard.api as api:
+        log_in(page, yard.service.url, yard.service.token)
+        for view in views(yard):
+            look(page, yard, view)
+            address = page.get_by_role("link", name="JSON").first.get_attribute("href")
+            assert address, view
+            assert api.get(address).json()["object"], view
+            page.get_by_role("button", name=re.compile("as a curl command")).first.click()
+            page.get_by_text("copied", exact=True).first.wait_for()
+            command = shlex.split(page.evaluate("navigator.clipboard.readText()"))
+            assert command[:2] == ["curl", "-H"], view
+            target = next(word for word in command if word.startswith(yard.service.url))
+            if not view.startswith("new"):  # that one submits, and is tried where it is submitted
+                assert api.get(target).json() == api.get(address).json(), view
 
 
 def look(page: Page, yard: Yard, view: str) -> None:

@@ -77,6 +77,7 @@ function options(
     grid: { stroke: color("line"), width: 1 },
     ticks: { show: false },
   };
+  const isLayered = xIs === "layer";
   return {
     ...size,
     cursor: { points: { size: 6 }, drag: { x: false, y: false } },
@@ -85,11 +86,16 @@ function options(
       y: isLogarithmic ? { distr: 3 } : { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] },
     },
     axes: [
-      { ...axis, size: 26, ...(xIs === "time" ? { values: (_, splits) => splits.map(clockLabel) } : {}) },
-      { ...axis, size: 74, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))) },
+      {
+        ...axis,
+        size: 26,
+        ...(isLayered ? { incrs: WHOLE_STEPS } : {}),
+        ...(xIs === "time" ? { values: (_, splits) => splits.map(clockLabel) } : {}),
+      },
+      { ...axis, size: 74, values: (_, splits) => splits.map((value) => (value === null ? "" : tick(format(value)))) },
     ],
     series: [
-      { label: xIs === "time" ? "time" : xIs, value: (_, value) => (value === null ? "–" : xIs === "time" ? clockLabel(value) : String(value)) },
+      { label: xIs === "time" ? "time" : xIs, value: (_, value) => (value === null ? "" : xIs === "time" ? clockLabel(value) : String(value)) },
       ...lines.map((line) => ({
         label: line.label,
         stroke: color(line.ink),
@@ -97,10 +103,17 @@ function options(
         ...(line.dash ? { dash: line.dash } : {}),
         ...(line.fill ? { fill: `${color(line.ink)}22` } : {}),
         points: { show: line.points ?? false, size: 5, fill: color(line.ink) },
-        value: (_: uPlot, value: number | null) => (value === null ? "–" : format(value)),
+        value: (_: uPlot, value: number | null) => (value === null ? "" : format(value)),
       })),
     ],
   };
+}
+
+const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100];
+
+/** Ticks are round: 5.00 MB/s is 5 MB/s, and 1.00e-4 is 1e-4. */
+function tick(text: string): string {
+  return text.replace(/(\.\d*?)0+(?!\d)/, "$1").replace(/\.(?!\d)/, "");
 }
 
 function clockLabel(value: number): string {

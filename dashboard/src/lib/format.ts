@@ -7,6 +7,17 @@ export function bytes(count: number): string {
   return scaled(count, SIZES);
 }
 
+/** A size as one writes it: 5GB, 300kB, 1234567. */
+export function wholeSize(count: number): string {
+  let unit = 0;
+  let value = count;
+  while (value >= 1000 && value % 1000 === 0 && unit < SIZES.length - 1) {
+    value /= 1000;
+    unit += 1;
+  }
+  return unit === 0 ? String(value) : `${value}${SIZES[unit]}`;
+}
+
 export function rate(bytesPerSecond: number): string {
   return `${bytes(bytesPerSecond)}/s`;
 }

@@ -48,7 +48,9 @@ export function stateSentence(job: JobDetail, view: JobView, now: number): strin
     case "succeeded":
       return `Merged ${plural(experts, "expert")} into ${shortUri(job.output_uri)}${took === null ? "" : ` in ${duration(took)}`}.`;
     case "failed":
-      return `Failed${time}: ${firstSentence(job.error?.detail ?? "no reason was recorded.")}`;
+      return progress.shards_total === 0
+        ? `Failed${time}, before anything was written.`
+        : `Failed${time}: ${progress.shards_done} of ${plural(progress.shards_total, "shard")} were published.`;
     case "cancelling":
       return job.cancel_requested === "now"
         ? "Cancelling: worker processes are being ended."

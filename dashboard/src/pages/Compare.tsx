@@ -4,7 +4,7 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { ApiError, get } from "../api/client";
 import type { Job, JobDetail, Page, Problem, Report } from "../api/types";
-import { Plot } from "../charts/Plot";
+import { type Line, Plot } from "../charts/Plot";
 import { compareDocuments } from "../lib/compare";
 import { bytes, count, digits, duration, flops, percent, rate, seconds, shortDigest, shortUri } from "../lib/format";
 import { byLayer } from "../lib/report";
@@ -31,14 +31,7 @@ export function ComparePage() {
   const { items, problem } = useCompared(ids);
   return (
     <div class="stack">
-      <div class="row spread">
-        <h1>Compare jobs</h1>
-        <span class="row">
-          {ids.map((id) => (
-            <ViewBar key={id} path={`v1/jobs/${id}`} />
-          ))}
-        </span>
-      </div>
+      <h1>Compare jobs</h1>
       <Picker ids={ids} />
       {problem && <ProblemNotice problem={problem} />}
       {ids.length > 0 && !items && !problem && <Loading what="the jobs" />}
@@ -193,8 +186,11 @@ function FiguresTable({ items }: { items: Compared[] }) {
             </th>
             {items.map(({ key, name, job }) => (
               <th key={key} scope="col">
-                <Link to={href(`jobs/${job.id}`)}>{name}</Link>{" "}
-                <StateBadge state={job.state} />
+                <div class="row">
+                  <Link to={href(`jobs/${job.id}`)}>{name}</Link>
+                  <StateBadge state={job.state} />
+                </div>
+                <ViewBar path={`v1/jobs/${job.id}`} />
               </th>
             ))}
           </tr>
@@ -236,22 +232,28 @@ function LayersCard({ items }: { items: Compared[] }) {
       ink: INKS[index % INKS.length]!,
       points: true,
     }));
-    return { layers, lines };
+    const values = lines.flatMap((line) => line.values).filter((value) => value !== null && value > 0) as number[];
+    return { layers, lines, isWide: Math.max(...values) > 20 * Math.min(...values) };
   }, [items]);
   if (chart.lines.length === 0) return null;
   return (
-    <Card title="Interference that is left, by layer" aside="share of the plain sum's; logarithmic">
+    <Card title="Interference that is left, by layer" aside={`share of the plain sum's${chart.isWide ? "; logarithmic" : ""}`}>
       <Plot
         key={chart.lines.map((line) => line.label).join()}
         label={`Share of interference left in each of ${chart.layers.length} layers, for ${chart.lines.length} merges`}
         x={chart.layers}
-        lines={chart.lines.map((line) => ({ ...line, values: line.values.map((value) => (value && value > 0 ? value : null)) }))}
-        format={(value) => (value >= 0.001 ? percent(value, value < 0.1 ? 1 : 0) : digits(value))}
+        lines={chart.isWide ? chart.lines.map(withoutZeros) : chart.lines}
+        format={(value) => (value >= 0.001 || value === 0 ? percent(value, value < 0.1 ? 2 : 0) : digits(value))}
         xIs="layer"
-        isLogarithmic
+        isLogarithmic={chart.isWide}
       />
     </Card>
   );
+}
+
+/** A logarithmic axis has no zero. */
+function withoutZeros(line: Line): Line {
+  return { ...line, values: line.values.map((value) => (value && value > 0 ? value : null)) };
 }
 
 function RecipeTable({ items }: { items: Compared[] }) {

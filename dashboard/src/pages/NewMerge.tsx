@@ -3,14 +3,16 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 
 import { type Submission, submitJob } from "../api/actions";
-import { ApiError } from "../api/client";
+import { ApiError, apiUrl } from "../api/client";
 import type { JobDetail, Method, Page, Problem } from "../api/types";
 import { EXAMPLES } from "../lib/examples";
+import { wholeSize } from "../lib/format";
 import { lazy } from "../lib/lazy";
 import { placeOf, readRecipe } from "../lib/recipe";
 import { useResource } from "../lib/resource";
 import { href, navigate, setQuery, usePlace } from "../lib/router";
 import { toYaml } from "../lib/yaml";
+import { Icon } from "../ui/icons";
 import { Card, Copy, Loading, ProblemNotice, curlCommand } from "../ui/parts";
 import { PlanPreview } from "./new/PlanPreview";
 import { RecipeForm, TextField } from "./new/RecipeForm";
@@ -50,7 +52,7 @@ function draftOf(job: JobDetail): Draft {
   return {
     recipe,
     output: `${job.output_uri}-2`,
-    maxShardSize: String(size ?? "5GB"),
+    maxShardSize: typeof size === "number" ? wholeSize(size) : String(size ?? "5GB"),
     isOverwrite: Boolean(overwrite),
     labels: Object.entries(job.labels).map(([name, value]) => `${name}=${value}`).join(", "),
     options,
@@ -101,9 +103,14 @@ function Workbench({ start }: { start: Draft }) {
       <div class="row spread">
         <h1>New merge</h1>
         <div class="row">
-          <Copy text={curl} label="Copy this submission as a curl command">
-            curl
-          </Copy>
+          <span class="viewbar">
+            <a class="button quiet small" href={apiUrl("v1/methods")} title="The methods, as the form is made from them">
+              <Icon name="json" size={13} /> JSON
+            </a>
+            <Copy text={curl} label="Copy this submission as a curl command">
+              curl
+            </Copy>
+          </span>
           <label class="row">
             <span class="label">Start from</span>
             <select
@@ -111,7 +118,7 @@ function Workbench({ start }: { start: Draft }) {
               value={query.get("example") ?? ""}
               onChange={(event) => setQuery({ example: event.currentTarget.value, from: null })}
             >
-              <option value="">an empty recipe</option>
+              <option value="">{query.get("from") ? "another job" : "an empty recipe"}</option>
               {[...EXAMPLES.keys()].map((name) => (
                 <option key={name} value={name}>
                   {name}

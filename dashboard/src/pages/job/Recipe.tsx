@@ -29,11 +29,11 @@ export function RecipeTab({ job }: TabProps) {
       <Card title="Submission">
         <dl class="facts">
           <dt>Options</dt>
-          <dd class="mono break">{JSON.stringify(job.options)}</dd>
+          <dd class="mono break">{pairs(job.options)}</dd>
           <dt>Labels</dt>
-          <dd class="mono break">{JSON.stringify(job.labels)}</dd>
+          <dd class="mono break">{pairs(job.labels)}</dd>
           <dt>Metadata</dt>
-          <dd class="mono break">{JSON.stringify(job.metadata)}</dd>
+          <dd class="mono break">{pairs(job.metadata)}</dd>
           <dt>Priority, seed</dt>
           <dd class="num">
             {job.priority}, {job.seed}
@@ -75,6 +75,12 @@ export function RecipeTab({ job }: TabProps) {
       </Card>
     </div>
   );
+}
+
+/** What was set, as `name=value`. */
+function pairs(values: Record<string, unknown>): string {
+  const set = Object.entries(values).filter(([, value]) => value !== null);
+  return set.map(([name, value]) => `${name}=${value}`).join("  ") || "none";
 }
 
 function Lineage({ job }: { job: JobDetail }) {

@@ -34,7 +34,6 @@ export function Tokens() {
   return (
     <div class="stack">
       {made && <Secret title={`The token ${made.name}`} secret={made.secret} />}
-      <NewTokenForm onMade={added} />
       {tokens.problem && <ProblemNotice problem={tokens.problem} />}
       {tokens.data ? (
         <Card title="Tokens" aside={<LiveMark live={tokens.live} now={now} />} flush>
@@ -78,6 +77,7 @@ export function Tokens() {
       ) : (
         !tokens.problem && <Loading what="the tokens" />
       )}
+      <NewTokenForm onMade={added} />
       {revoking && (
         <Confirm
           title={`Revoke the token ${revoking.name}?`}
@@ -166,21 +166,22 @@ function NewTokenForm({ onMade }: { onMade: (token: NewToken) => void }) {
             />
           </label>
           <label class="field">
-            <span>Valid for days (empty: until revoked)</span>
+            <span>Valid for days</span>
             <input
               class="input"
               type="number"
               min="1"
               max="3650"
+              placeholder="until revoked"
               value={days}
               onInput={(event) => setDays(event.currentTarget.value)}
             />
           </label>
         </div>
-        <fieldset>
+        <fieldset class="scopes">
           <legend>Scopes</legend>
           {SCOPES.map(([scope, meaning]) => (
-            <label key={scope} class="row">
+            <label key={scope}>
               <input type="checkbox" checked={scopes.includes(scope)} onChange={() => toggle(scope)} />
               <code>{scope}</code> <span class="muted">{meaning}</span>
             </label>

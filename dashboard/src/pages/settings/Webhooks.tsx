@@ -33,19 +33,20 @@ export function Webhooks() {
   };
   return (
     <div class="stack">
-      <p class="row">
+      <div class="row spread">
+        <h2>Who is told of jobs</h2>
         <LiveMark live={endpoints.live} now={now} />
-      </p>
+      </div>
       {made?.secret && <Secret title={`The signing secret of ${made.url}`} secret={made.secret} />}
-      <NewEndpointForm onMade={changed} />
       {endpoints.problem && <ProblemNotice problem={endpoints.problem} />}
       {!endpoints.data && !endpoints.problem && <Loading what="the endpoints" />}
       {endpoints.data?.data.map((endpoint) => (
         <Endpoint key={endpoint.id} endpoint={endpoint} onChange={changed} isOpen={endpoint === shown} round={numDeliveries} />
       ))}
       {endpoints.data?.data.length === 0 && (
-        <p class="empty">Nobody is told of jobs yet. Messages follow Standard Webhooks and are signed.</p>
+        <p class="card empty">Nobody is told of jobs yet. Messages follow Standard Webhooks and are signed.</p>
       )}
+      <NewEndpointForm onMade={changed} />
     </div>
   );
 }
@@ -212,7 +213,7 @@ function NewEndpointForm({ onMade }: { onMade: (endpoint: WebhookEndpoint) => vo
   return (
     <Card title="New webhook endpoint">
       <form class="stack" onSubmit={make}>
-        <div class="fields">
+        <div class="fields address">
           <label class="field">
             <span>Address</span>
             <input
