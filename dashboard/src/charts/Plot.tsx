@@ -89,8 +89,8 @@ function options(
       {
         ...axis,
         size: 26,
-        ...(isLayered ? { incrs: WHOLE_STEPS } : {}),
-        ...(xIs === "time" ? { values: (_, splits) => splits.map(clockLabel) } : {}),
+        ...(isLayered ? { incrs: LAYER_STEPS } : {}),
+        ...(xIs === "time" ? { incrs: TIME_STEPS, values: (_, splits) => splits.map(clockLabel) } : {}),
       },
       { ...axis, size: 74, values: (_, splits) => splits.map((value) => (value === null ? "" : tick(format(value)))) },
     ],
@@ -109,7 +109,9 @@ function options(
   };
 }
 
-const WHOLE_STEPS = [1, 2, 5, 10, 20, 50, 100];
+const LAYER_STEPS = [1, 2, 5, 10, 20, 50, 100];
+/** Seconds: labels are to the second, and none may stand there twice. */
+const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 28_800, 86_400, 604_800];
 
 /** Ticks are round: 5.00 MB/s is 5 MB/s, and 1.00e-4 is 1e-4. */
 function tick(text: string): string {

@@ -46,7 +46,7 @@ export function stateSentence(job: JobDetail, view: JobView, now: number): strin
     case "publishing":
       return "All shards are published; config, report and index follow, then everything is verified.";
     case "succeeded":
-      return `Merged ${plural(experts, "expert")} into ${shortUri(job.output_uri)}${took === null ? "" : ` in ${duration(took)}`}.`;
+      return `Merged ${plural(experts, "expert")} into ${shortUri(job.output_uri)}${variants(job)}${took === null ? "" : ` in ${duration(took)}`}.`;
     case "failed":
       return progress.shards_total === 0
         ? `Failed${time}, before anything was written.`
@@ -60,6 +60,10 @@ export function stateSentence(job: JobDetail, view: JobView, now: number): strin
     default:
       return job.state;
   }
+}
+
+function variants({ output }: JobDetail): string {
+  return output?.variants ? ` (${plural(output.variants.length, "variant")})` : "";
 }
 
 function running(view: JobView): number {

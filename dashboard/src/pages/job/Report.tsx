@@ -56,7 +56,8 @@ function Variants({ jobId, variants, shown }: { jobId: string; variants: Report[
       title={`${variants.length} variants`}
       aside={
         <>
-          what follows is of the chosen one · <Link to={href("compare", { job: jobId })}>compare them</Link>
+          <span>what follows is of the chosen one</span>
+          <Link to={href("compare", { job: jobId })}>compare them</Link>
         </>
       }
       flush
