@@ -9,6 +9,11 @@ squares of its normalised inputs. Behind either stands the number of rows.
 
 Nothing is measured at biases: a step for them (:data:`BIAS`) gets the experts alone, whole. Other
 tensors are merged by the method's own function.
+
+Instead of all these, a method may have a step for tensors with the diagonal of their Fisher
+information (:data:`FISHER`): it gets every expert's tensor and that, of the same shape, in turns;
+and as ``task.given``, of each expert, the Frobenius norm of the diagonals of all its tensors and
+how many entries these have.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from merging.method import Cost, Geometry
 LINEAR = "linear"
 NORM = "norm"
 BIAS = "bias"
+FISHER = "fisher"
 _FLOAT_BYTES = 4
 
 

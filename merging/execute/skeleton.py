@@ -98,6 +98,23 @@ class Skeleton:
             tensor
         )
 
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter that a checkpoint calls so; None for what the model computes anew."""
+        place = self._places.find(name)
+        return None if place is None else self.model.get_parameter(place.parameter)
+
+    def tie_head(self) -> None:
+        """Give the head the embedding's weight.
+
+        Raises:
+            CheckpointError: ``index_inconsistent``: the model has no such head.
+        """
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None:
+            raise self._broken(f"{self._work.architecture} has no head of the embedding's shape")
+        with _BUILDING:
+            head.weight = embedding.weight
+
     def find(self, name: str) -> nn.Module:
         """The module that a checkpoint calls so.
 
@@ -120,8 +137,8 @@ class Skeleton:
             weight = self.model.get_parameter(place.parameter)[place.expert]
         return Layer(place.module, module, weight)
 
-    def run(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """The model's ``forward`` on a batch, until :class:`Done` is raised in it.
+    def run(self, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+        """What the model's ``forward`` gives of a batch, unless :class:`Done` is raised in it.
 
         Args:
             tokens: B×L, anything where the mask is 0.
@@ -131,7 +148,7 @@ class Skeleton:
             CheckpointError: ``config_invalid``: the model cannot be run like this.
         """
         try:
-            self.model(input_ids=tokens, attention_mask=mask)
+            return self.model(input_ids=tokens, attention_mask=mask)
         except (Done, CheckpointError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -164,6 +181,31 @@ class Skeleton:
             code="index_inconsistent",
             context={"uri": self._work.uri},
         )
+
+
+class Passing(nn.Module):
+    """In place of a block that is not run.
+
+    Args:
+        hidden: Gives what stands for its output.
+    """
+
+    def __init__(self, hidden: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Whatever goes in."""
+        return self._hidden()
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block, with these hidden states in place of its own."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def _build(work: StatisticsWork) -> Any:

@@ -20,11 +20,12 @@ from torch import nn
 
 from merging.dtypes import torch_dtype
 from merging.errors import Cancelled, CheckpointError
+from merging.execute.fisher import FisherRun
 from merging.execute.measuring import Meter, Observer
 from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
 from merging.execute.shard import ShardCounts, device_name
-from merging.execute.skeleton import Done, Skeleton
+from merging.execute.skeleton import Done, Passing, Skeleton, with_hidden
 from merging.execute.solve import check_finite
 from merging.execute.tokens import PADDING, read_tokens
 from merging.kept import find_kept, write_record
@@ -122,6 +123,8 @@ class _StatisticsRun:
     def _measure(self) -> tuple[list[torch.Tensor], int]:
         """Results in the order of the shard's problems, and the number of tokens."""
         work = self._work
+        if work.backward is not None:
+            return self._go_back()
         if work.block < 0:
             hidden = torch.zeros(0)
             num_files = len(self._shard.shard.problems[0].given) - len(work.weights)
@@ -139,6 +142,14 @@ class _StatisticsRun:
             results = self._results(tokens, left, runner)
         self._seconds["solve"] = time.perf_counter() - solving
         return results, int((tokens != PADDING).sum())
+
+    def _go_back(self) -> tuple[list[torch.Tensor], int]:
+        fisher = FisherRun(self._work, self._read, self._device)
+        solving = time.perf_counter()
+        results = fisher.run(self._check_cancelled)
+        self._check_finite(results)
+        self._seconds["solve"] = time.perf_counter() - solving
+        return results, fisher.num_tokens
 
     def _read(self) -> torch.Tensor:
         """The next of what the shard is given, flat."""
@@ -166,11 +177,14 @@ class _StatisticsRun:
         if left is not None:
             results = [tokens, left] if self._work.block < 0 else [left]
         results += [meter.result().cpu() for meter in runner.meters]
+        self._check_finite(results)
+        return results
+
+    def _check_finite(self, results: list[torch.Tensor]) -> None:
         for problem, result in zip(self._shard.shard.problems, results, strict=True):
             if result.is_floating_point():
                 what = f"{problem.tensor_name!r} of {self._work.uri} on its samples"
                 check_finite(result.reshape(-1), what, "non_finite_output")
-        return results
 
     def _write(self, results: list[torch.Tensor], begin: float, num_tokens: int) -> Receipt:
         shard, writing = self._shard.shard, time.perf_counter()
@@ -250,18 +264,13 @@ class _BlockRunner:
         self._left: torch.Tensor | None = None
         blocks = skeleton.blocks
         for number in range(max(work.block, 0)):
-            blocks[number] = _Passing(self)
+            blocks[number] = Passing(lambda: self._hidden)
         first = blocks[max(work.block, 0)]
         if work.block < 0:
             first.register_forward_pre_hook(self._arrive, with_kwargs=True)
         else:
             first.register_forward_pre_hook(self._enter, with_kwargs=True)
             first.register_forward_hook(self._leave)
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """What goes into the block."""
-        return self._hidden
 
     def run(
         self, tokens: torch.Tensor, hidden: torch.Tensor, before_batch: Callable[[], None]
@@ -315,9 +324,7 @@ class _BlockRunner:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block gets its own input, whatever those before it gave."""
-        if args:
-            return (self._hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._hidden}
+        return with_hidden(args, kwargs, self._hidden)
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._left = output[0] if isinstance(output, tuple) else output
@@ -325,14 +332,3 @@ class _BlockRunner:
         if not self._work.is_last:
             raise Done
         self._observer.stop_if_done()
-
-
-class _Passing(nn.Module):
-    """In place of a block before the one in question."""
-
-    def __init__(self, runner: _BlockRunner) -> None:
-        super().__init__()
-        self._runner = runner
-
-    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        return self._runner.hidden

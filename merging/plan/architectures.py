@@ -19,9 +19,18 @@ _TABLES = (
 """In ``transformers.models.auto.modeling_auto``: model types with the names of their classes."""
 
 
-@functools.cache
 def known_architectures() -> frozenset[str] | None:
     """Classes that transformers builds without remote code; None if it is not installed."""
+    return _classes(_TABLES)
+
+
+def causal_architectures() -> frozenset[str]:
+    """Those of them that predict the next token."""
+    return _classes(("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)) or frozenset()
+
+
+@functools.cache
+def _classes(tables: tuple[str, ...]) -> frozenset[str] | None:
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -29,7 +38,7 @@ def known_architectures() -> frozenset[str] | None:
     names: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         target = getattr(node, "targets", [None])[0]
-        if isinstance(node, ast.Assign) and isinstance(target, ast.Name) and target.id in _TABLES:
+        if isinstance(node, ast.Assign) and isinstance(target, ast.Name) and target.id in tables:
             names.update(_strings(node.value))
     return frozenset(names)
 

@@ -179,7 +179,7 @@ class ExpertChain:
             architecture=architecture(self._index),
             stack=self._stack,
             block=block,
-            is_last=block == self.num_blocks - 1,
+            is_last=block == self.num_blocks - 1 and not leaves,
             leaves=leaves,
             weights=tuple(Weight(entry.name, entry.shape) for entry in entries),
             measures=tuple(measured),
@@ -318,13 +318,17 @@ class ExpertChain:
         entries = sum(_product(weight.shape) for weight in work.weights)
         stored = max((source.num_bytes for source in weights), default=0)
         statistics = sum((12 if m.kind == "gram" else 4) * self._entries(m) for m in work.measures)
+        states = 2 * 4 * _product(self._hidden_shape)
+        return 4 * entries + stored + states + statistics + self._running(work)
+
+    def _running(self, work: StatisticsWork) -> int:
+        """Bytes that a batch takes on its way through a block."""
         widest = max((max(w.shape) for w in work.weights if len(w.shape) == 2 and work.block >= 0),
                      default=self._hidden_shape[2])  # fmt: skip
         config = self._index.config
         heads = next((config[key] for key in _HEAD_KEYS if isinstance(config.get(key), int)), 16)
         tokens = work.batch * work.length
-        running = 4 * tokens * (8 * widest + 3 * heads * work.length)
-        return 4 * entries + stored + 2 * 4 * _product(self._hidden_shape) + statistics + running
+        return 4 * tokens * (8 * widest + 3 * heads * work.length)
 
     def _flops(self, work: StatisticsWork) -> float:
         tokens = work.num_samples * work.length

@@ -19,13 +19,14 @@ from merging.errors import RecipeError
 from merging.method import MergeMethod
 from merging.options import MergeOptions
 from merging.plan.expert_chain import ExpertChain, Measuring
+from merging.plan.fisher import add_fisher
 from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import Problem, Source
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import unfit
 from merging.recipe import Recipe
-from merging.sampled import BIAS, LINEAR, NORM
+from merging.sampled import BIAS, FISHER, LINEAR, NORM
 from merging.storage.base import Storage
 
 _LINEAR = ("attention.", "mlp.", "router", "other", "projection")
@@ -74,6 +75,8 @@ def add_statistics(
         threads=options.threads,
         folder=storage.normalise(options.statistics_uri or "") if is_kept else "",
     )
+    if FISHER in inputs.method.calibrated:
+        return add_fisher(problems, inputs.experts, measuring, options.seed, warnings)
     chains = [
         ExpertChain(n, expert, measuring, warnings) for n, expert in enumerate(inputs.experts)
     ]
@@ -145,7 +148,7 @@ def _wanted(
     wanted = {}
     for problem in problems:
         if stages.method(problem) is method:
-            step = _step(problem)
+            step = FISHER if FISHER in method.calibrated else _step(problem)
             if step in method.calibrated:
                 wanted[problem.tensor_name] = step
     return wanted

@@ -17,6 +17,11 @@ IDS = "tokens"
 HIDDEN = "hidden"
 """Names of tensors that the first shard of an expert leaves, and all of them, for the next one."""
 
+GRADIENT = "gradient"
+LABELS = "labels"
+SIZE = "fisher.size"
+"""Names of tensors that a shard which goes back leaves for the next one (:class:`Backward`)."""
+
 
 def kept_name(key: str, number: int) -> str:
     """Name of a file that is kept for other merges (:mod:`merging.kept`).
@@ -46,9 +51,10 @@ class Measure(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: ``gram``: XᵀX of the inputs; ``rows``: the inputs themselves; ``norm``: sums of
-            squares of the normalised inputs.
-        width: Of an input.
-        modules: By name; all read the same input, that of the first is measured.
+            squares of the normalised inputs; ``fisher``: means of squared gradients.
+        width: Of an input; of ``fisher`` the entries of a tensor.
+        modules: By name; all read the same input, that of the first is measured. Of ``fisher`` the
+            name of a tensor.
     """
 
     kind: str
@@ -72,6 +78,28 @@ class SampleWork(msgspec.Struct, frozen=True):
     tokenizer: tuple[str, ...]
 
 
+class Backward(msgspec.Struct, frozen=True):
+    """That a shard goes back through its part (:mod:`merging.plan.fisher`).
+
+    What such a shard reads, before its weights: the tokens; hidden states before its part, unless
+    that is the embedding; then, unless it is the head, which comes first, what the shard before it
+    left: the gradient behind its part, and the size of all that was measured so far. The embedding,
+    if it is the head's weight too, reads the hidden states and the labels of the head.
+
+    What it leaves: the gradient before its part unless that is the embedding; the labels if it is
+    the head; the size; what is measured.
+
+    Attributes:
+        labels: ``sampled`` or ``given``, as of :class:`merging.recipe.calibration`.
+        seed: For those that are sampled.
+        is_tied: The head's matrix is the embedding's.
+    """
+
+    labels: str
+    seed: int
+    is_tied: bool
+
+
 class StatisticsWork(msgspec.Struct, frozen=True):
     """What one shard does: in the plan, the parameters of its setting.
 
@@ -93,6 +121,7 @@ class StatisticsWork(msgspec.Struct, frozen=True):
         batch: Samples at once.
         sample_digest: See :attr:`merging.plan.samples.Samples.digest`.
         samples: For the first shard.
+        backward: It goes back through its part; what stands behind the blocks (``is_last``) is one.
     """
 
     uri: str
@@ -109,3 +138,4 @@ class StatisticsWork(msgspec.Struct, frozen=True):
     batch: int
     sample_digest: str
     samples: SampleWork | None = None
+    backward: Backward | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +47,13 @@ class CalibrationSettings(BaseModel):
     chat_template: bool = Field(
         default=False,
         description="Texts and messages go through the chat template of the expert's tokenizer.",
+    )
+    labels: Literal["sampled", "given"] = Field(
+        default="sampled",
+        description=(
+            "What the model's likelihood is of where a method needs gradients (fisher): tokens that"
+            " are 'sampled' from its predictions, or the 'given' next tokens."
+        ),
     )
     batch: int = Field(
         default=8,

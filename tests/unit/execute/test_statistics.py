@@ -134,8 +134,9 @@ def test_few_rows_are_kept_as_they_are_and_say_the_same(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lot", "fisher"])
 def test_a_block_fits_where_the_model_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """4 MiB for a model of 14: what a worker holds of it is one block."""
     held: list[int] = []
@@ -150,7 +151,7 @@ def test_a_block_fits_where_the_model_does_not(
     models = make_family(tmp_path, num_experts=1, hidden=128, layers=24, vocab=64)
     paths = [models.base, *models.experts]
     size = sum(e.stat().st_size for e in models.base.glob("*.safetensors"))
-    document = calibrated_recipe(paths)
+    document = calibrated_recipe(paths, method)
     run_plan(plan_of(document, tmp_path / "out", memory_budget=4 << 20), open_storage())
     assert size > 13e6
     assert max(held) < 1e6
