@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from merging.method import Cost, Divided, Geometry, MergeFunction, MergeMethod, Step, Task
 from merging.ops.forms import LayerShape, cheapest
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
     import torch
 
 _FLOAT32_BYTES = 4
+
+Precision = Annotated[
+    Literal["highest", "high", "medium"],
+    Field(
+        description=(
+            "Of the iteration's products on a GPU: 'highest' is float32; 'high' splits operands"
+            " over bfloat16 tensor cores, at nearly float32's accuracy; 'medium' is TF32. A CPU"
+            " computes in float32 whatever it says. Sums over experts are always float32."
+        ),
+    ),
+]
+"""The parameter of iterative methods that says how exactly they multiply."""
 
 
 def merge_by(layer: LayerMethod) -> MergeFunction:

@@ -16,7 +16,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -77,6 +77,18 @@ class TouchParameters(Parameters):
         description=(
             "What the other float tensors become: the 'base' values or the experts' 'mean'."
             " The method's own default if left out."
+        ),
+    )
+
+    svc: float | None = Field(
+        default=None,
+        gt=0,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Calibrate the singular values of layers' updates after the merge (arXiv:2602.05536),"
+            " so that directions that tasks share do not count several times. α, the least that a"
+            " task counts: 0.1 for sums and iso_c, 0.2 for iso_cts, 1 for tsv_m and wudi in the"
+            " paper. Reads the models once more."
         ),
     )
 
@@ -152,19 +164,6 @@ class WeightParameters(Parameters):
         default=1.0,
         description="Factor on this expert in the sum; 0 leaves it out, a negative one subtracts.",
     )
-
-
-Precision = Annotated[
-    Literal["highest", "high", "medium"],
-    Field(
-        description=(
-            "Of the iteration's products on a GPU: 'highest' is float32; 'high' splits operands"
-            " over bfloat16 tensor cores, at nearly float32's accuracy; 'medium' is TF32. A CPU"
-            " computes in float32 whatever it says. Sums over experts are always float32."
-        ),
-    ),
-]
-"""The parameter of iterative methods that says how exactly they multiply."""
 
 
 @dataclass(frozen=True, slots=True)

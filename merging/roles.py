@@ -49,7 +49,8 @@ TouchSpec = str | Sequence[str]
 TouchFilter = Callable[[str, Role], bool]
 """Whether a method works on the tensor of that name and role."""
 
-_NOT_LINEAR = frozenset({"router", "norm", "bias", "embedding", "position", "head", "conv"})
+NOT_LINEAR = frozenset({"router", "norm", "bias", "embedding", "position", "head", "conv"})
+"""Kinds of tensors that are no linear layers, whatever their shape."""
 
 # Habits of naming: last part of the module's name, or any part of the path where it says so.
 _STACK = re.compile(r"(^|_)(h|layers?|blocks?|resblocks|stages?|layer_groups)$")
@@ -142,7 +143,7 @@ def describe_tensor(name: str, shape: Sequence[int], config: Mapping[str, Any]) 
     kind = _kind(path, module, shape, layer, config, is_weight=is_weight)
     is_matrix = len(shape) == 2
     is_projection = kind == "projection" and not is_weight
-    is_linear = is_matrix and (is_weight or is_projection) and kind not in _NOT_LINEAR
+    is_linear = is_matrix and (is_weight or is_projection) and kind not in NOT_LINEAR
     transposed = is_linear and (is_projection or _is_conv1d(path, module, config))
     return Role(kind, layer, is_linear, transposed, is_matrix)
 

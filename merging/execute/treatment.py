@@ -10,6 +10,7 @@ from merging.layered import group_by_problem
 from merging.method import Step, get_method
 from merging.plan.cost import is_streaming, is_tiled, takes_adapters
 from merging.plan.plan import COPY, Setting, ShardWork
+from merging.singular_values import step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def _apply(setting: Setting) -> Applied:
         return Applied(None)
     method = get_method(setting.method)
     return Applied(
-        method.step(setting.step),
+        step_of(method, setting.step),
         method.parameters.model_validate(setting.parameters),
         tuple(method.expert_parameters.model_validate(p) for p in setting.expert_parameters),
     )

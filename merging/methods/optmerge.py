@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.layered import cost_by, merge_by
-from merging.method import MergeMethod, Precision, PresetParameters, Presets, register
+from merging.layered import Precision, cost_by, merge_by
+from merging.method import MergeMethod, PresetParameters, Presets, register
 from merging.ops.forms import (
     EIGH_FLOPS,
     Flops,

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.layered import cost_by, merge_by
-from merging.method import MergeMethod, Precision, UpdateParameters, register
+from merging.layered import Precision, cost_by, merge_by
+from merging.method import MergeMethod, UpdateParameters, register
 from merging.ops.forms import (
     Flops,
     Form,

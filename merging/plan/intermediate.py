@@ -13,6 +13,7 @@ from merging.plan.cost import Budgets, problem_cost, problem_load
 from merging.plan.packing import made_file, make_shard, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
 from merging.plan.variants import VariantSettings
+from merging.singular_values import step_of
 
 
 class Intermediates:
@@ -67,7 +68,7 @@ class Intermediates:
     def of_step(self, problem: Problem, step: str) -> Problem:
         """The problem as one of this step of its method, with what that costs."""
         variants = self._settings.methods(problem.setting)
-        steps = [(method.step(step), own) for method, own in variants if method is not None]
+        steps = [(step_of(method, step), own) for method, own in variants if method is not None]
         cost = problem_cost(steps, problem_load(problem), self.budgets)
         return msgspec.structs.replace(
             problem,
@@ -77,6 +78,13 @@ class Intermediates:
             host_bytes=cost.host_bytes,
             device_bytes=cost.device_bytes,
         )
+
+    def stored_as(self, problem: Problem, dtype: str) -> Problem:
+        """The problem with another type of its result, and what that costs."""
+        if problem.dtype == dtype:
+            return problem
+        changed = msgspec.structs.replace(problem, dtype=dtype)
+        return self.of_step(changed, self._settings.settings[problem.setting].step)
 
     def write(self, problems: Sequence[Problem], stage: str) -> list[Source]:
         """Have these results written to intermediate files; where each will be."""

@@ -17,6 +17,7 @@ from merging.checkpoint.index import CheckpointIndex, checkpoint_digest
 from merging.errors import PlanError
 from merging.options import MergeOptions
 from merging.plan.alignment import align, with_output_rows
+from merging.plan.calibrating import calibrate_after
 from merging.plan.chat_template import choose_chat_template, is_chat_template
 from merging.plan.cost import Budgets
 from merging.plan.dividing import divide_large
@@ -101,8 +102,9 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         builder.settings.refuse_passes()
     problems = add_statistics(problems, stages, builder, stored, recipe, options, storage, warnings)
     if not variants:
-        problems = Staging(stages).stage(problems)
-        problems = divide_large(problems, stages, options.workers or 1, warnings)
+        merged = Staging(stages).stage(problems)
+        merged = divide_large(merged, stages, options.workers or 1, warnings)
+        problems = calibrate_after(problems, merged, stages)
     rest = stages.unwritten(problems)
     check_fit([*stages.problems, *rest], builder.settings.settings, budgets)
     outputs = pack(rest, options.max_shard_size, first_index=len(stages.shards))

@@ -21,6 +21,7 @@ from merging.plan.cost import expansion_flops, takes_matrices
 from merging.plan.plan import ALIGN, COPY, STATISTICS, Plan, Problem, Shard
 from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
+from merging.singular_values import step_of
 
 _SOURCE_SECONDS = 1e-4
 """Of Python and torch for one source of a tensor, beside what depends on sizes."""
@@ -138,7 +139,7 @@ def _method_seconds(plan: Plan, problem: Problem, rates: Rates) -> float:
     if name == STATISTICS:
         return problem.flops / rates.flops_per_second(_BLOCK_WIDTH, _BLOCK_WIDTH)
     entries = math.prod(problem.input_shape)
-    step = get_method(name).step(plan.settings[problem.setting].step)
+    step = step_of(get_method(name), plan.settings[problem.setting].step)
     expansion = 0.0
     if not step.takes_adapters:
         expansion = expansion_flops(entries, [part.rank for part in problem.parts])

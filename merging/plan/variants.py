@@ -227,6 +227,8 @@ class VariantSettings:
 def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
+    if getattr(parameters, "svc", None) is not None:
+        return True
     if method is None or method.staged is None:
         return method is not None and method.sequential
     experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]

@@ -12,6 +12,9 @@ from tests.parity.cases import BITS, Case
 SPECTRAL = 1e-4
 """Singular vectors in float32, by other decompositions."""
 
+CLOSE = 5e-3
+"""Singular values so close that the rounding of merged weights to float32 turns their vectors."""
+
 
 def _case(
     method: str,
@@ -79,4 +82,18 @@ CASES = [
     ),
     _case("opcm", {"function": "opcm", "alpha": 0.5}, SPECTRAL),
     _case("doge", {"function": "doge", "subspace": 6, "percent": 30, "eta": 0.07}, SPECTRAL),
+    _case(
+        "task_arithmetic",
+        {"function": "svc", "merged_by": {"function": "task_sum"}, "alpha": 0.1},
+        SPECTRAL,
+        name="task_arithmetic, svc",
+        svc=0.1,
+    ),
+    _case(
+        "tsv_m",
+        {"function": "svc", "merged_by": {"function": "tsv_m"}, "alpha": 1.0},
+        CLOSE,
+        name="tsv_m, svc",
+        svc=1.0,
+    ),
 ]

@@ -442,3 +442,17 @@ def doge(
         adam.step()
     masks = torch.stack([T.abs() >= threshold for T, threshold in zip(Ts, thresholds, strict=True)])
     return (factors * masks * (Ts + delta)).sum(dim=0).detach().numpy()
+
+
+def svc(update: np.ndarray, vectors: Sequence[np.ndarray], alpha: float) -> np.ndarray:
+    """Each singular value over the mean share of the tasks' responses in its left direction."""
+    U, S, Vt = np.linalg.svd(update, full_matrices=False)
+    factors = np.ones_like(S)
+    for r, u in enumerate(U.T):
+        shares = []
+        for T in vectors:
+            square = np.sum((u @ T) ** 2)
+            is_there = square > 1e-20 * np.sum(T**2)
+            shares.append(max(alpha, (u @ update) @ (u @ T) / square) if is_there else alpha)
+        factors[r] = len(vectors) / sum(shares)
+    return U @ np.diag(S * factors) @ Vt
