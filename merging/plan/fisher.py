@@ -13,6 +13,7 @@ are squared: the shard of the embedding runs the head again.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -113,7 +114,7 @@ class FisherChain(ExpertChain):
         warnings: What the user should know is added.
 
     Attributes:
-        key: As of any chain, and what labels follow from.
+        key: As of any chain; and what labels and the size of all diagonals follow from.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class FisherChain(ExpertChain):
         self._is_tied = False
         super().__init__(number, expert, measuring, warnings)
         self._back = Backward(self._samples.settings.labels, seed, self._is_tied)
-        self.key += f" {self._back.labels} {seed}"
+        self.key += json.dumps([self._back.labels, seed, sorted(self._measured)])
 
     def add(self) -> dict[str, Source]:
         """Add all shards: where the diagonals and their size will be, by the names of tensors."""
@@ -204,7 +205,7 @@ class FisherChain(ExpertChain):
         problems[0] = msgspec.structs.replace(
             problems[0],
             given=(*given, *weights),
-            flops=8.0 * self._hidden_shape[0] * self._hidden_shape[1] * _num_entries(work),
+            flops=self._flops_back(work),
             host_bytes=memory,
             device_bytes=memory,
         )
@@ -213,6 +214,12 @@ class FisherChain(ExpertChain):
             told = msgspec.json.encode([work.weights, work.measures], order="deterministic")
             name = kept_name(self.key + told.decode(), block + 1)
         return self._stages.write_file(problems, name, self._folder)
+
+    def _flops_back(self, work: StatisticsWork) -> float:
+        """Forward, and twice that back; an embedding is looked up."""
+        is_run = work.block >= 0 or self._is_tied
+        tokens = self._hidden_shape[0] * self._hidden_shape[1]
+        return 6.0 * tokens * _num_entries(work) if is_run else 0.0
 
     def _memory_back(self, work: StatisticsWork, weights: Sequence[Source]) -> int:
         """Bytes: weights, gradients and sums, hidden states and their gradients, one sample's run.

@@ -206,10 +206,16 @@ def test_diagonals_that_are_kept_serve_other_merges(tmp_path: Path) -> None:
     receipts: dict[int, Receipt] = {}
     run_shards(plan, storage, statistics_shards(plan), receipts)
     assert all(receipt.reused for receipt in receipts.values())
-    document["calibration"]["labels"] = "given"
-    plan = make_plan(parse_recipe(document), storage, options, str(tmp_path / "third"))
-    [last] = statistics_shards(plan)[-1:]
-    assert not Path(shard_uri(plan, last)).exists()
+    fewer = {**document, "parameters": {"touch": [r"h\.0"]}}
+    given = {**document, "calibration": document["calibration"] | {"labels": "given"}}
+    for other in (fewer, given):
+        plan = make_plan(parse_recipe(other), storage, options, str(tmp_path / "third"))
+        back = [
+            s
+            for s in statistics_shards(plan)
+            if "fisher.size" in {p.tensor_name for p in s.problems}
+        ]
+        assert not any(Path(shard_uri(plan, shard)).exists() for shard in back)
 
 
 @pytest.mark.slow
