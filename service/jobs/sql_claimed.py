@@ -35,6 +35,7 @@ _SHARD_EVENTS = {
 
 
 _CLAIMING = 7_247_001
+_NOW = sa.bindparam("now", type_=UtcDateTime)
 
 
 class ClaimedStatements(SqlBase):
@@ -46,11 +47,10 @@ class ClaimedStatements(SqlBase):
             with self._write() as connection:
                 _one_at_a_time(connection)
                 now = self._now(connection)
-                query = _claimable(now)
-                if overdue:
-                    due = _seconds(connection, jobs.c.queued_at) + jobs.c.deadline_seconds
-                    query = query.where(due <= _seconds(connection, now))
-                row = connection.execute(query).one_or_none()
+                row = None
+                for query in (_WITHOUT_RUNNER, _NEXT_QUEUED):
+                    wanted = _overdue(connection, query, now) if overdue else query
+                    row = row or connection.execute(wanted, {"now": now}).one_or_none()
                 if row is None:
                     return None
                 job = self._take(connection, to_record(row, JobRecord), owner, lease_seconds, now)
@@ -267,8 +267,8 @@ def _one_at_a_time(connection: sa.Connection) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CLAIMING)))
 
 
-def _claimable(now: datetime) -> sa.Select[Any]:
-    """The job that a runner should take next, locked; others skip it meanwhile."""
+def _claimable(*of_which: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The job that a runner should take next ``:now``, locked; others skip it meanwhile."""
     other = jobs.alias("other")
     output_in_use = (
         sa.select(sa.literal(1))
@@ -282,20 +282,27 @@ def _claimable(now: datetime) -> sa.Select[Any]:
     return (
         sa.select(jobs)
         .where(
-            jobs.c.state.not_in([str(state) for state in TERMINAL]),
-            sa.or_(jobs.c.lease_expires_at.is_(None), jobs.c.lease_expires_at <= now),
+            *of_which,
             ~output_in_use,
-            ~is_being_collected(now),
+            ~is_being_collected(_NOW),
         )
-        .order_by(
-            sa.case((jobs.c.state == str(JobState.QUEUED), 1), else_=0),
-            jobs.c.priority.desc(),
-            jobs.c.queued_at,
-            jobs.c.id,
-        )
+        # As in the index of the queue: the first that is free ends the search.
+        .order_by(jobs.c.priority.desc(), jobs.c.queued_at, jobs.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=jobs)
     )
+
+
+_WITHOUT_RUNNER = _claimable(
+    jobs.c.state.in_([str(state) for state in ACTIVE]),
+    sa.or_(jobs.c.lease_expires_at.is_(None), jobs.c.lease_expires_at <= _NOW),
+)
+_NEXT_QUEUED = _claimable(jobs.c.state == str(JobState.QUEUED))
+
+
+def _overdue(connection: sa.Connection, query: sa.Select[Any], now: datetime) -> sa.Select[Any]:
+    due = _seconds(connection, jobs.c.queued_at) + jobs.c.deadline_seconds
+    return query.where(due <= _seconds(connection, now))
 
 
 def _seconds(connection: sa.Connection, time: Any) -> sa.ColumnElement[float]:

@@ -111,7 +111,7 @@ def keep_leftover(connection: sa.Connection, job: JobRecord, ended_at: datetime)
     connection.execute(sa.insert(leftovers).from_select(columns, plan))
 
 
-def is_being_collected(now: datetime) -> sa.ColumnElement[bool]:
+def is_being_collected(now: datetime | sa.BindParameter[datetime]) -> sa.ColumnElement[bool]:
     """Whether somebody removes what is at the output of the job that a query selects."""
     return (
         sa.select(sa.literal(1))

@@ -115,8 +115,9 @@ jobs = sa.Table(
     ),
     sa.CheckConstraint("cancel_requested IN ('orderly', 'now')", name="cancel_requested"),
     sa.Index("ix_jobs_created_at_id", "created_at", "id"),
-    sa.Index("ix_jobs_state", "state"),
 )
+# Those of a state in the order in which the queue is served.
+sa.Index("ix_jobs_queue", jobs.c.state, jobs.c.priority.desc(), jobs.c.queued_at, jobs.c.id)
 # One job at a time writes to an output: a second one waits in the queue until it has ended.
 sa.Index(
     "uq_jobs_active_output",
@@ -224,7 +225,7 @@ leftovers = sa.Table(
     sa.Column("began_at", UtcDateTime, nullable=False),
     sa.Column("ended_at", UtcDateTime, nullable=False, index=True),
     # Until then somebody removes it, and no job with the same output may be claimed.
-    sa.Column("collecting_until", UtcDateTime),
+    sa.Column("collecting_until", UtcDateTime, index=True),
 )
 
 idempotency_keys = sa.Table(

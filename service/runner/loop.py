@@ -91,6 +91,7 @@ class Runner:
         self._store_failures = 0
         self._store_away_until = float("-inf")
         self._claim_at = float("-inf")
+        self._claim_overdue_at = float("-inf")
         self._dispatch_at = float("-inf")
         self._draining = threading.Event()
         self._aborting = threading.Event()
@@ -160,15 +161,20 @@ class Runner:
     def _claim(self) -> None:
         """Take jobs on, as many as are allowed; beyond that, those that only need to be failed."""
         now = self._context.monotonic()
-        while now >= self._claim_at:
+        while True:
             is_full = len(self._drivers) >= self._settings.max_concurrent_jobs
+            if now < (self._claim_overdue_at if is_full else self._claim_at):
+                return
             try:
                 lease = self.heartbeat.claim(self._name, overdue=is_full)
             except StoreUnavailableError as error:
                 self._wait_for_store(error)
                 return
-            if lease is None:
+            if lease is None and is_full:
+                self._claim_overdue_at = now + self._settings.claim_seconds
+            elif lease is None:
                 self._claim_at = now + self._settings.claim_seconds
+            if lease is None:
                 return
             self._log.info("job_claimed", job_id=lease.claim.job_id, state=str(lease.job.state))
             self._add_driver(lease)
