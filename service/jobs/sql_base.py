@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.jobs.announce import announce
 from service.jobs.changes import Change
@@ -72,8 +74,7 @@ class SqlBase:
         self, connection: sa.Connection, job_id: str, claim: Claim | None = None
     ) -> JobRecord:
         """The job, locked until the transaction ends; with a claim, only if that still holds."""
-        query = sa.select(jobs).where(jobs.c.id == job_id).with_for_update()
-        row = connection.execute(query).one_or_none()
+        row = connection.execute(_LOCKED_JOB, {"of_job": job_id}).one_or_none()
         if row is None and claim is None:
             raise NotFoundError(f"There is no job {job_id}.", context={"job_id": job_id})
         if row is None or (claim and not _holds(claim, row)):
@@ -96,21 +97,16 @@ class SqlBase:
         no repeats, however many write. With a claim the update only finds a job that the claim
         still holds.
         """
-        update = (
-            sa.update(jobs)
-            .where(jobs.c.id == job_id)
-            .values(
-                **values,
-                event_seq=jobs.c.event_seq + len(changes),
-                revision=jobs.c.revision + int(visible),
-            )
-            .returning(jobs)
-        )
+        parameters: dict[str, Any] = {
+            "of_job": job_id,
+            "events": len(changes),
+            "seen": int(visible),
+            **{f"new_{name}": value for name, value in values.items()},
+        }
         if claim is not None:
-            update = update.where(
-                jobs.c.fencing_token == claim.fencing_token, jobs.c.lease_owner == claim.owner
-            )
-        row = connection.execute(update).one_or_none()
+            parameters |= {"held_as": claim.fencing_token, "held_by": claim.owner}
+        update = _job_update(frozenset(values), is_claimed=claim is not None)
+        row = connection.execute(update, parameters).one_or_none()
         if row is None:
             raise _stale(job_id)
         job = to_record(row, JobRecord)
@@ -142,6 +138,38 @@ class SqlBase:
     def _tell(self, connection: sa.Connection, what: NewsType, subject: str) -> None:
         """Tell that something changed that is no event of a job."""
         tell(connection, [news_row(what, self._now(connection), subject)])
+
+
+_LOCKED_JOB = sa.select(jobs).where(jobs.c.id == sa.bindparam("of_job")).with_for_update()
+
+
+@functools.cache
+def _job_update(names: frozenset[str], *, is_claimed: bool) -> ReturningUpdate[Any]:
+    """The statement that changes these columns of a job; made once, of the few that there are.
+
+    A change of state notes the one before in the same statement, which the database checks.
+    """
+    values: dict[str, Any] = {
+        name: sa.bindparam(f"new_{name}", type_=jobs.c[name].type) for name in names
+    }
+    if "state" in names:
+        values["previous_state"] = jobs.c.state
+    update = (
+        sa.update(jobs)
+        .where(jobs.c.id == sa.bindparam("of_job"))
+        .values(
+            **values,
+            event_seq=jobs.c.event_seq + sa.bindparam("events"),
+            revision=jobs.c.revision + sa.bindparam("seen"),
+        )
+        .returning(jobs)
+    )
+    if is_claimed:
+        update = update.where(
+            jobs.c.fencing_token == sa.bindparam("held_as"),
+            jobs.c.lease_owner == sa.bindparam("held_by"),
+        )
+    return update
 
 
 def _machine_time() -> datetime:

@@ -78,7 +78,6 @@ class ClaimedStatements(SqlBase):
         if job.state == JobState.QUEUED:
             values |= {
                 "state": str(JobState.PLANNING),
-                "previous_state": jobs.c.state,
                 "started_at": now,
             }
             changes.append(state_changed(job, JobState.PLANNING))
@@ -119,7 +118,6 @@ class ClaimedStatements(SqlBase):
                 )
             values: dict[str, Any] = {
                 "state": str(state),
-                "previous_state": jobs.c.state,
                 "takeovers": 0,
             }
             changes = [state_changed(job, state)]

@@ -97,7 +97,7 @@ class QueueStatements(KeyStatements):
                 return self._change(connection, job_id, values, [])
             at_once = job.state == JobState.QUEUED
             state = JobState.CANCELLED if at_once else JobState.CANCELLING
-            values |= {"state": str(state), "previous_state": jobs.c.state}
+            values |= {"state": str(state)}
             changes = [state_changed(job, state, cancel_requested=mode)]
             if at_once:
                 now = self._now(connection)
@@ -119,7 +119,6 @@ class QueueStatements(KeyStatements):
                 connection.execute(sa.delete(table).where(table.c.job_id == job_id))
             values = {
                 "state": str(JobState.QUEUED),
-                "previous_state": jobs.c.state,
                 "integrations": to_json([_afresh(entry) for entry in job.integrations]),
                 "attempt": job.attempt + 1,
                 "queued_at": self._now(connection),

@@ -30,13 +30,27 @@ _TASK = ("worker", "job_id", "file_name", "started_at")
 """What is told of a shard that a worker has."""
 
 
+_THIS_JOB = sa.bindparam("of_job", type_=sa.String)
+
+# Made once: building a statement takes as long as carrying it out.
+_JOB = sa.select(jobs).where(jobs.c.id == _THIS_JOB)
+_LAST_EVENT = sa.select(jobs.c.event_seq, jobs.c.state).where(jobs.c.id == _THIS_JOB)
+_SHARDS = sa.select(shards).where(shards.c.job_id == _THIS_JOB).order_by(shards.c.index)
+_EVENTS = (
+    sa.select(events)
+    .where(events.c.job_id == _THIS_JOB, events.c.seq > sa.bindparam("after"))
+    .order_by(events.c.seq)
+    .limit(sa.bindparam("limit", type_=sa.Integer))
+)
+
+
 class ReadStatements(SqlBase):
     """What anybody may read."""
 
     def get(self, job_id: str) -> JobRecord:
         """See :meth:`service.jobs.store.JobQueue.get`."""
         with self._read() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(_JOB, {"of_job": job_id}).one_or_none()
         if row is None:
             raise _not_found(job_id)
         return to_record(row, JobRecord)
@@ -77,9 +91,9 @@ class ReadStatements(SqlBase):
 
     def shards(self, job_id: str) -> list[ShardRecord]:
         """See :meth:`service.jobs.store.JobQueue.shards`."""
-        query = sa.select(shards).where(shards.c.job_id == job_id).order_by(shards.c.index)
         with self._read() as connection:
-            return [to_record(row, ShardRecord) for row in connection.execute(query)]
+            rows = connection.execute(_SHARDS, {"of_job": job_id})
+            return [to_record(row, ShardRecord) for row in rows]
 
     def workers(self, since: datetime) -> list[WorkerRecord]:
         """See :meth:`service.jobs.store.JobQueue.workers`."""
@@ -123,9 +137,8 @@ class ReadStatements(SqlBase):
 
     def last_event(self, job_id: str) -> tuple[int, bool]:
         """See :meth:`service.jobs.store.JobQueue.last_event`."""
-        query = sa.select(jobs.c.event_seq, jobs.c.state).where(jobs.c.id == job_id)
         with self._read() as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_LAST_EVENT, {"of_job": job_id}).one_or_none()
         if row is None:
             raise _not_found(job_id)
         return row.event_seq, row.state in TERMINAL
@@ -166,13 +179,8 @@ def _not_found(job_id: str) -> NotFoundError:
 
 
 def _events(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[EventRecord]:
-    query = (
-        sa.select(events)
-        .where(events.c.job_id == job_id, events.c.seq > after)
-        .order_by(events.c.seq)
-        .limit(limit)
-    )
-    return [to_record(row, EventRecord) for row in connection.execute(query)]
+    rows = connection.execute(_EVENTS, {"of_job": job_id, "after": after, "limit": limit})
+    return [to_record(row, EventRecord) for row in rows]
 
 
 def _conditions(job_filter: JobFilter) -> list[sa.ColumnElement[bool]]:

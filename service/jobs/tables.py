@@ -66,7 +66,7 @@ jobs = sa.Table(
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("type", sa.String(32), nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
-    # Written as `previous_state = state` by whoever changes the state, so that the check sees both.
+    # Written as `previous_state = state` with every change of state, so that the check sees both.
     sa.Column("previous_state", sa.String(16)),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("revision", sa.Integer, nullable=False),
