@@ -107,6 +107,7 @@ class ClaimedStatements(SqlBase):
         error: Mapping[str, Any] | None = None,
         output: Mapping[str, Any] | None = None,
         report: Mapping[str, Any] | None = None,
+        phase: str | None = None,
     ) -> JobRecord:
         """See :meth:`service.jobs.store.ClaimedJobs.transition`."""
         with self._write() as connection:
@@ -122,6 +123,8 @@ class ClaimedStatements(SqlBase):
             }
             changes = [state_changed(job, state)]
             now = self._now(connection)
+            if phase is not None:
+                _begin(job, phase, now, values, changes)
             if state in TERMINAL:
                 values |= {
                     "finished_at": now,
@@ -149,12 +152,12 @@ class ClaimedStatements(SqlBase):
             job = self._lock(connection, claim.job_id, claim)
             if job.phase == name:
                 return job
-            phases = begin_phase(job.phases, name, message, self._now(connection))
-            values = {"phases": to_json(phases)}
-            change = (EventType.JOB_PHASE_CHANGED, {"name": name, "message": message})
-            return self._change(connection, job.id, values, [change], claim=claim)
+            values: dict[str, Any] = {}
+            changes: list[Change] = []
+            _begin(job, name, self._now(connection), values, changes, message)
+            return self._change(connection, job.id, values, changes, claim=claim)
 
-    def save_plan(self, claim: Claim, plan: Plan) -> JobRecord:
+    def save_plan(self, claim: Claim, plan: Plan, *, phase: str | None = None) -> JobRecord:
         """See :meth:`service.jobs.store.ClaimedJobs.save_plan`."""
         values = {
             "plan_digest": plan.digest,
@@ -168,13 +171,15 @@ class ClaimedStatements(SqlBase):
                 )
             ),
         }
-        changes = [
+        changes: list[Change] = [
             (EventType.JOB_WARNING, {"code": "plan", "detail": text}) for text in plan.warnings
         ]
         with self._write() as connection:
             job = self._lock(connection, claim.job_id, claim)
             if job.plan_digest == values["plan_digest"]:
                 return job
+            if phase is not None:
+                _begin(job, phase, self._now(connection), values, changes)
             job = self._change(connection, job.id, values, changes, claim=claim)
             connection.execute(sa.delete(shards).where(shards.c.job_id == job.id))
             rows = [_shard_row(job.id, shard) for shard in plan.shards]
@@ -254,6 +259,19 @@ class ClaimedStatements(SqlBase):
             job = self._change(connection, claim.job_id, {}, [(event, data)], claim=claim)
             now = self._now(connection)
             return EventRecord(job.event_seq, event, now, job.id, job.attempt, dict(data))
+
+
+def _begin(
+    job: JobRecord,
+    phase: str,
+    now: datetime,
+    values: dict[str, Any],
+    changes: list[Change],
+    message: str = "",
+) -> None:
+    """Add a phase that begins to what is about to be changed of a job, and to the events of it."""
+    values["phases"] = to_json(begin_phase(job.phases, phase, message, now))
+    changes.append((EventType.JOB_PHASE_CHANGED, {"name": phase, "message": message}))
 
 
 def _one_at_a_time(connection: sa.Connection) -> None:

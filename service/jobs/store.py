@@ -263,6 +263,7 @@ class ClaimedJobs(Protocol):
         error: Mapping[str, Any] | None = None,
         output: Mapping[str, Any] | None = None,
         report: Mapping[str, Any] | None = None,
+        phase: str | None = None,
     ) -> JobRecord:
         """Go to another state. A terminal one ends the lease and appends ``job.finished``.
 
@@ -272,6 +273,7 @@ class ClaimedJobs(Protocol):
             error: Problem object; needed for ``failed``.
             output: What was published; needed for ``succeeded``.
             report: Merge report to keep with a job that succeeds.
+            phase: To begin with the state, as :meth:`set_phase` does; of one that is not terminal.
 
         Raises:
             IllegalTransitionError: The state cannot follow the job's current one.
@@ -280,8 +282,11 @@ class ClaimedJobs(Protocol):
     def set_phase(self, claim: Claim, name: str, message: str = "") -> JobRecord:
         """Begin a phase and end the one before; nothing happens if it has that name already."""
 
-    def save_plan(self, claim: Claim, plan: Plan) -> JobRecord:
-        """Keep the plan; sets digest, inputs, warnings and totals, and makes the shard records."""
+    def save_plan(self, claim: Claim, plan: Plan, *, phase: str | None = None) -> JobRecord:
+        """Keep the plan; sets digest, inputs, warnings and totals, and makes the shard records.
+
+        ``phase`` begins with it, as by :meth:`set_phase`. Nothing happens if it is kept already.
+        """
 
     def record_shard(
         self,

@@ -152,8 +152,9 @@ class JobDriver:
             self._set_phase("reading_headers")
         plan = self._poll(self._planning)
         if plan is not None:
-            self.lease.update(self._store.save_plan(self.lease.claim, plan))
-            self._enter(self._prepare, "checking_output")
+            phase = "checking_output"
+            self.lease.update(self._store.save_plan(self.lease.claim, plan, phase=phase))
+            self._enter(self._prepare, phase)
 
     def _prepare(self) -> None:
         remains = self._poll(self._preparing)
@@ -170,16 +171,16 @@ class JobDriver:
         if remains.report is not None:
             self._succeed(remains.report)
             return
-        self._go_on(JobState.PLANNING, JobState.RUNNING)
+        self._go_on(JobState.PLANNING, JobState.RUNNING, phase="waiting_for_workers")
         self._desk = desk
-        self._enter(self._run, "waiting_for_workers")
+        self._stage = self._run
 
     def _run(self) -> None:
         assert self._desk is not None
         self._desk.sample_progress()
         if self._desk.board.is_done:
-            self._go_on(JobState.RUNNING, JobState.PUBLISHING)
-            self._enter(self._publish, "publishing")
+            self._go_on(JobState.RUNNING, JobState.PUBLISHING, phase="publishing")
+            self._stage = self._publish
         elif self._desk.has_started:
             self._set_phase("merging")
 
@@ -252,10 +253,11 @@ class JobDriver:
         if self.lease.job.phase != name:
             self.lease.update(self._store.set_phase(self.lease.claim, name))
 
-    def _go_on(self, old: JobState, new: JobState) -> None:
+    def _go_on(self, old: JobState, new: JobState, *, phase: str) -> None:
         """Change the state, unless that happened already or a cancel came first."""
         if self.lease.job.state == old:
-            self.lease.update(self._store.transition(self.lease.claim, new))
+            self.lease.update(self._store.transition(self.lease.claim, new, phase=phase))
+        self._set_phase(phase)
 
     def _succeed(self, report: dict[str, Any]) -> None:
         self._finish(JobState.SUCCEEDED, output=report["output"], report=report)

@@ -98,7 +98,7 @@ class _MeteredStore(ObservedStore):
         elif job.state == JobState.PLANNING and job.started_at is not None:
             self._metrics.queue_wait.observe((job.started_at - job.queued_at).total_seconds())
 
-    def _note_save_plan(self, _job: JobRecord, claim: Claim, plan: Plan) -> None:
+    def _note_save_plan(self, _job: JobRecord, claim: Claim, plan: Plan, **_: Any) -> None:
         self._planned_bytes[claim.job_id] = plan.totals.max_host_bytes
 
     def _note_transition(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from merging.plan.plan import Plan
 from service.jobs.records import Claim, JobRecord
 from service.jobs.states import TERMINAL, JobState, ShardState
 from service.jobs.store import JobStore
@@ -38,8 +39,16 @@ class _TracedStore(ObservedStore):
             )
 
     def _note_set_phase(self, _: JobRecord, claim: Claim, name: str, *__: Any) -> None:
+        self._note_phase(claim, name)
+
+    def _note_save_plan(
+        self, _: JobRecord, claim: Claim, __: Plan, *, phase: str | None = None
+    ) -> None:
+        self._note_phase(claim, phase)
+
+    def _note_phase(self, claim: Claim, name: str | None) -> None:
         span = self._jobs.get(claim.job_id)
-        if span is not None:
+        if span is not None and name is not None:
             span.add_event(name)
 
     def _note_record_shard(
@@ -67,7 +76,16 @@ class _TracedStore(ObservedStore):
                     span.set_attribute(name, receipt[name])
             _end(span, (facts.get("error") or {}).get("code"))
 
-    def _note_transition(self, job: JobRecord, claim: Claim, state: JobState, **_: Any) -> None:
+    def _note_transition(
+        self,
+        job: JobRecord,
+        claim: Claim,
+        state: JobState,
+        *,
+        phase: str | None = None,
+        **_: Any,
+    ) -> None:
+        self._note_phase(claim, phase)
         if state in TERMINAL:
             self._end_job(claim.job_id, (job.error or {}).get("code"))
 
