@@ -164,13 +164,13 @@ class _Part:
         """What comes out of a block that ``hidden`` goes into, or out of the embedding."""
         self._is_through, self._hidden = True, hidden
         with contextlib.suppress(Done):
-            self._skeleton.run(tokens, torch.ones_like(tokens))
+            self._skeleton.run(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         return self._found
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What the head makes of hidden states behind the last block."""
         self._is_through, self._hidden = False, hidden
-        output = self._skeleton.run(tokens, torch.ones_like(tokens))
+        output = self._skeleton.run(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         logits: torch.Tensor = output.logits
         return logits
 

@@ -58,6 +58,7 @@ class Places:
 
         self._prefix: str = model.base_model_prefix
         self._parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+        self._modules = frozenset(name for name, _ in model.named_modules())
         mapping = get_model_conversion_mapping(model)
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
@@ -79,6 +80,15 @@ class Places:
             return None
         parts = converter.source_patterns
         return Place(own, int(number[-1]), parts.index(pattern), len(parts))
+
+    def stack(self, name: str) -> str | None:
+        """The model's name of a list of blocks; None if it has no such module."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, _ = rename_source_key(f"{name}.0.", self._renamings, [])
+        return self.among(name, self._modules) or self.among(
+            renamed.removesuffix(".0."), self._modules
+        )
 
     def among(self, name: str, known: Iterable[str]) -> str | None:
         """A checkpoint's name as the model has it: with or without the base model's prefix."""

@@ -41,8 +41,9 @@ class Layer(NamedTuple):
 class Skeleton:
     """The model of an expert: built from its config by transformers, without remote code.
 
-    Parameters without weights are zeros of one entry's memory, so that the model's own ``forward``
-    can run through embeddings and masks whatever part has its weights.
+    Parameters without weights are NaN in one entry's memory: the model's own ``forward`` can run
+    through embeddings and masks whatever part has its weights, and nothing that it makes of others
+    passes for a result.
 
     Args:
         work: Names the architecture and the part.
@@ -61,10 +62,13 @@ class Skeleton:
         self._parameters = dict(self.model.named_parameters())
         self._places = Places(self.model)
         self._stacked: dict[str, torch.Tensor] = {}
+        self._loaded: set[str] = set()
         for name, parameter in self._parameters.items():
-            self._set(name, torch.zeros(1, device=device).expand(parameter.shape))
+            self._set(name, torch.full((1,), torch.nan, device=device).expand(parameter.shape))
         self.model.to(device)
-        blocks = self.find(work.stack)
+        stack = self._places.stack(work.stack)
+        self._stack = stack or ""
+        blocks = None if stack is None else self.model.get_submodule(stack)
         if not isinstance(blocks, nn.ModuleList):
             raise self._broken(f"{work.stack} is no list of blocks in {work.architecture}")
         self.blocks = blocks
@@ -87,6 +91,7 @@ class Skeleton:
                 f"{name!r} is {list(tensor.shape)} where {self._work.architecture} has"
                 f" {list(expected)}"
             )
+        self._loaded.add(place.parameter)
         if place.expert is None:
             self._set(place.parameter, tensor.to(self._device, torch.float32))
             return
@@ -115,6 +120,20 @@ class Skeleton:
         with _BUILDING:
             head.weight = embedding.weight
 
+    def check_block(self) -> None:
+        """After all weights of a block.
+
+        Raises:
+            CheckpointError: ``index_inconsistent``: one that the model needs is missing.
+        """
+        if self._work.block >= 0:
+            block = f"{self._stack}.{self._work.block}."
+            own = {name for name in self._parameters if name.startswith(block)}
+            if missing := own - self._loaded:
+                raise self._broken(
+                    f"the checkpoint has no tensor for the parameter {min(missing)!r}"
+                )
+
     def find(self, name: str) -> nn.Module:
         """The module that a checkpoint calls so.
 
@@ -137,18 +156,17 @@ class Skeleton:
             weight = self.model.get_parameter(place.parameter)[place.expert]
         return Layer(place.module, module, weight)
 
-    def run(self, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+    def run(self, **inputs: torch.Tensor) -> Any:
         """What the model's ``forward`` gives of a batch, unless :class:`Done` is raised in it.
 
         Args:
-            tokens: B×L, anything where the mask is 0.
-            mask: B×L, 1 for tokens.
+            inputs: Its arguments.
 
         Raises:
             CheckpointError: ``config_invalid``: the model cannot be run like this.
         """
         try:
-            return self.model(input_ids=tokens, attention_mask=mask)
+            return self.model(**inputs)
         except (Done, CheckpointError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -19,17 +19,17 @@ import torch
 from torch import nn
 
 from merging.dtypes import torch_dtype
-from merging.errors import Cancelled, CheckpointError
+from merging.errors import Cancelled, CheckpointError, NumericalError
 from merging.execute.fisher import FisherRun
 from merging.execute.measuring import Meter, Observer
 from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
 from merging.execute.shard import ShardCounts, device_name
 from merging.execute.skeleton import Done, Passing, Skeleton, with_hidden
-from merging.execute.solve import check_finite
-from merging.execute.tokens import PADDING, read_tokens
+from merging.execute.tokens import PADDING, check_images, read_tokens
 from merging.kept import find_kept, write_record
 from merging.ops.precision import float32_products
+from merging.plan.images import PIXELS
 from merging.plan.packing import shard_header
 from merging.plan.plan import STATISTICS, ShardWork, Source
 from merging.plan.statistics_work import StatisticsWork
@@ -125,7 +125,12 @@ class _StatisticsRun:
         work = self._work
         if work.backward is not None:
             return self._go_back()
-        if work.block < 0:
+        images = torch.zeros(0)
+        if work.block < 0 and work.image_shape:
+            hidden = torch.zeros(0)
+            images = check_images(work, self._read())
+            tokens = torch.zeros(work.num_samples, work.length, dtype=torch.int32)
+        elif work.block < 0:
             hidden = torch.zeros(0)
             num_files = len(self._shard.shard.problems[0].given) - len(work.weights)
             tokens = read_tokens(work, [self._read().numpy().tobytes() for _ in range(num_files)])
@@ -135,10 +140,11 @@ class _StatisticsRun:
         skeleton = Skeleton(work, self._device)
         for weight in work.weights:
             skeleton.load(weight.name, self._read().view(weight.shape))
+        skeleton.check_block()
         solving = time.perf_counter()
         runner = _BlockRunner(skeleton, work, self._device)
         with float32_products(torch.device(self._device)), torch.no_grad():
-            left = runner.run(tokens, hidden, self._check_cancelled)
+            left = runner.run(tokens, hidden, images, self._check_cancelled)
             results = self._results(tokens, left, runner)
         self._seconds["solve"] = time.perf_counter() - solving
         return results, int((tokens != PADDING).sum())
@@ -182,9 +188,14 @@ class _StatisticsRun:
 
     def _check_finite(self, results: list[torch.Tensor]) -> None:
         for problem, result in zip(self._shard.shard.problems, results, strict=True):
-            if result.is_floating_point():
-                what = f"{problem.tensor_name!r} of {self._work.uri} on its samples"
-                check_finite(result.reshape(-1), what, "non_finite_output")
+            if result.is_floating_point() and not _is_finite(result):
+                raise NumericalError(
+                    f"{problem.tensor_name!r} of {self._work.uri} on its samples, in block"
+                    f" {self._work.block}, is not finite: its weights are too large for float32, or"
+                    " a tensor that is used there has a name that tells of another place.",
+                    code="non_finite_output",
+                    context={"tensor_name": problem.tensor_name, "uri": self._work.uri},
+                )
 
     def _write(self, results: list[torch.Tensor], begin: float, num_tokens: int) -> Receipt:
         shard, writing = self._shard.shard, time.perf_counter()
@@ -242,6 +253,10 @@ class _StatisticsRun:
             self._on_progress(counts)
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor)) if tensor.numel() else True
+
+
 def _worker_name() -> str:
     return f"{platform.node()}:{os.getpid()}"
 
@@ -273,13 +288,18 @@ class _BlockRunner:
             first.register_forward_hook(self._leave)
 
     def run(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, before_batch: Callable[[], None]
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        images: torch.Tensor,
+        before_batch: Callable[[], None],
     ) -> torch.Tensor | None:
         """Hidden states behind the part (N×L×d); None where nobody needs them.
 
         Args:
             tokens: N×L.
             hidden: N×L×d before the part; of no entries before the first block.
+            images: N×C×H×W, of no entries behind that, or if the model sees none.
             before_batch: Called for every batch.
         """
         made: torch.Tensor | None = None
@@ -290,7 +310,7 @@ class _BlockRunner:
             self._hidden = hidden[rows, :length].to(self._device) if len(hidden) else hidden
             self._observer.begin(mask)
             with contextlib.suppress(Done):
-                self._skeleton.run(batch.clamp(min=0).long(), mask.long())
+                self._skeleton.run(**self._inputs(batch, mask, images[rows]))
             self._observer.check()
             if self._left is None or self._left.shape[:2] != mask.shape:
                 raise CheckpointError(
@@ -306,6 +326,16 @@ class _BlockRunner:
                 made[rows, :length] = left.cpu()
             self._left = None
         return made
+
+    def _inputs(
+        self, batch: torch.Tensor, mask: torch.Tensor, images: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the model; behind its first part any image will do."""
+        if not self._work.image_shape:
+            return {"input_ids": batch.clamp(min=0).long(), "attention_mask": mask.long()}
+        if not len(images):
+            images = torch.zeros(len(batch), *self._work.image_shape)
+        return {PIXELS: images.to(self._device)}
 
     def _batches(self, tokens: torch.Tensor) -> Iterator[tuple[slice, int]]:
         """Samples of a batch, and the longest one's tokens."""

@@ -1,4 +1,4 @@
-"""From samples to token ids, by the tokenizer of the expert."""
+"""From samples to what a model is run on: token ids, by the tokenizer of the expert; or images."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ def read_tokens(work: StatisticsWork, files: Sequence[bytes]) -> torch.Tensor:
         _check(ids, number, vocab if isinstance(vocab, int) else None)
         tokens[number, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     return tokens
+
+
+def check_images(work: StatisticsWork, stored: torch.Tensor) -> torch.Tensor:
+    """N×C×H×W in float32, of images as they are stored.
+
+    Raises:
+        RecipeError: ``bad_parameter``: one holds NaN or infinity.
+    """
+    images = stored.view(work.num_samples, *work.image_shape).float()
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        detail = f"Image {int(finite.long().argmin()) + 1} of {work.uri} holds NaN or infinity."
+        fault = Fault("/calibration", "bad_parameter", detail)
+        raise RecipeError(detail, code="bad_parameter", faults=[fault])
+    return images
 
 
 def _encode(tokenizer: Any, item: Sample, settings: CalibrationSettings) -> list[int]:

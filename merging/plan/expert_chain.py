@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ import msgspec
 from merging.checkpoint.index import TensorEntry, checkpoint_digest
 from merging.dtypes import is_float
 from merging.errors import RecipeError
+from merging.plan.images import Images, is_vision, read_images
 from merging.plan.inputs import Expert
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import STATISTICS, Problem, Setting, Source, SourceFile
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import architecture, hidden_width, role_of, stacks_of
-from merging.plan.samples import read_samples
+from merging.plan.samples import Samples, read_samples
 from merging.plan.statistics_work import (
     HIDDEN,
     IDS,
@@ -38,11 +40,13 @@ from merging.plan.statistics_work import (
     kept_name,
 )
 from merging.recipe import Recipe
-from merging.recipe.calibration import join_calibration
+from merging.recipe.calibration import CalibrationSettings, join_calibration
 from merging.sampled import LINEAR, NORM
 from merging.storage.base import ObjectStat, Storage
 
 _BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
+_BEFORE_NAMES = re.compile(r"embed|(^|\.)(pre_lay\w*norm|ln_pre|norm_pre)\.")
+"""Of other tensors there; what the worker finds missing it refuses to do without."""
 _SHARED_INPUT = {
     "attention.q": "attention",
     "attention.k": "attention",
@@ -120,19 +124,17 @@ class ExpertChain:
         settings = join_calibration(recipe.calibration, own)
         assert settings is not None, "the recipe's reader sees to it"
         pointer = f"/models/{expert.entry}/calibration" if "data" in own else "/calibration"
-        vocab = self._index.config.get("vocab_size")
-        self._samples = read_samples(
-            settings, self._storage, pointer, vocab_size=vocab if isinstance(vocab, int) else None
-        )
+        self._samples = self._read_samples(settings, pointer)
         asked = settings.samples
-        if len(self._samples.items) < asked and "samples" in {*own, *recipe.calibration}:
+        count = self._samples.count
+        if count < asked and "samples" in {*own, *recipe.calibration}:
             warnings.append(
-                f"{self._index.uri} is run on {len(self._samples.items)} samples, of {asked} that"
+                f"{self._index.uri} is run on {count} samples, of {asked} that"
                 " are asked for: there are no more."
             )
         width = hidden_width(self._index)
         assert width is not None
-        self._hidden_shape = (len(self._samples.items), self._samples.length, width)
+        self._hidden_shape = (count, self._samples.length, width)
         self._parts = self._split()
         self._blocks = {e.name: block for block, own in self._parts.items() for e in own}
         self._tokenizer = self._tokenizer_files()
@@ -188,6 +190,7 @@ class ExpertChain:
             batch=min(self._samples.settings.batch, self._hidden_shape[0]),
             sample_digest=self._samples.digest,
             samples=sample_work,
+            image_shape=self._samples.shape if isinstance(self._samples, Images) else (),
         )
         setting = self._builder.settings.add(Setting(STATISTICS, msgspec.to_builtins(work)))
         weights = tuple(
@@ -200,7 +203,7 @@ class ExpertChain:
             Problem(name, shape, dtype, setting, base=None, experts=(), layer=block)
             for name, shape, dtype in shapes
         ]
-        memory = self._memory(work, weights)
+        memory = self._memory(work, weights, files)
         problems[0] = msgspec.structs.replace(
             problems[0],
             given=(*self._given, *files, *weights),
@@ -242,7 +245,7 @@ class ExpertChain:
                 continue
             if role.layer >= 0:
                 parts[role.layer].append(entry)
-            elif role.kind in _BEFORE_BLOCKS or "embed" in entry.name:
+            elif role.kind in _BEFORE_BLOCKS or _BEFORE_NAMES.search(entry.name):
                 parts[-1].append(entry)
             elif role.kind != "head" and not self._is_of_head(entry):
                 parts[self.num_blocks - 1].append(entry)
@@ -282,9 +285,20 @@ class ExpertChain:
             return self._hidden_shape[0] * self._hidden_shape[1] * measure.width
         return measure.width
 
-    def _sample_files(self) -> tuple[SampleWork, tuple[Source, ...]]:
+    def _read_samples(self, settings: CalibrationSettings, pointer: str) -> Samples | Images:
+        config = self._index.config
+        if is_vision(config):
+            return read_images(settings, self._storage, pointer, self._index)
+        vocab = config.get("vocab_size")
+        vocab_size = vocab if isinstance(vocab, int) else None
+        return read_samples(settings, self._storage, pointer, vocab_size=vocab_size)
+
+    def _sample_files(self) -> tuple[SampleWork | None, tuple[Source, ...]]:
         """What the first shard needs to know of the samples, and the files that it reads."""
         samples = self._samples
+        if isinstance(samples, Images):
+            whole = self._whole_file(samples.file)
+            return None, (Source(whole.file, samples.start, samples.end, samples.dtype),)
         sources = []
         if samples.file is not None:
             sources.append(self._whole_file(samples.file))
@@ -313,13 +327,19 @@ class ExpertChain:
         self._builder.files.append(SourceFile(stat.uri, stat.size, stat.version))
         return Source(len(self._builder.files) - 1, 0, stat.size, "U8")
 
-    def _memory(self, work: StatisticsWork, weights: Sequence[Source]) -> int:
-        """Host bytes: the block in float32 and one tensor as stored, activations, statistics."""
+    def _memory(
+        self, work: StatisticsWork, weights: Sequence[Source], files: Sequence[Source]
+    ) -> int:
+        """Host bytes: the block in float32 and one tensor as stored, activations, statistics; the
+        samples as stored, and images in float32.
+        """
         entries = sum(_product(weight.shape) for weight in work.weights)
         stored = max((source.num_bytes for source in weights), default=0)
         statistics = sum((12 if m.kind == "gram" else 4) * self._entries(m) for m in work.measures)
         states = 2 * 4 * _product(self._hidden_shape)
-        return 4 * entries + stored + states + statistics + self._running(work)
+        images = work.num_samples if work.block < 0 else work.batch
+        samples = sum(f.num_bytes for f in files) + 4 * images * math.prod(work.image_shape or (0,))
+        return 4 * entries + stored + states + statistics + samples + self._running(work)
 
     def _running(self, work: StatisticsWork) -> int:
         """Bytes that a batch takes on its way through a block."""

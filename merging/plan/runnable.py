@@ -5,6 +5,7 @@ from __future__ import annotations
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.errors import Fault
 from merging.plan.architectures import known_architectures
+from merging.plan.images import is_vision, num_places
 from merging.plan.inputs import Expert
 from merging.plan.wording import shorten_list
 from merging.roles import Role, describe_tensor
@@ -39,6 +40,9 @@ def unfit(expert: Expert) -> list[Fault]:
     if len(stacks) != 1:
         told = shorten_list(sorted(stacks)) if stacks else "none"
         return refuse(f"has not one stack of blocks by its tensors' names ({told}).")
+    if is_vision(index.config) and num_places(index) is None:
+        return refuse("sees images, and has no tensor of positions that tells how many hidden"
+                      " states there are of one.")  # fmt: skip
     if hidden_width(index) is None:
         return refuse(f"has none of {', '.join(_WIDTH_KEYS)} in its config.json.")
     return []

@@ -39,6 +39,11 @@ class Samples:
     file: ObjectStat | None
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.items)
+
+    @property
     def needs_tokenizer(self) -> bool:
         """Whether any is not in tokens yet."""
         return any(not is_tokens(item) for item in self.items)
@@ -82,6 +87,10 @@ def read_samples(
         lines = [(f"sample {n}", item) for n, item in enumerate(settings.data, 1)]
         return Samples(settings, _check(lines, settings, pointer, vocab_size), None)
     uri = storage.normalise(settings.data)
+    if uri.endswith(".safetensors"):
+        detail = f"{uri} holds tensors; only models that see images are run on such."
+        fault = Fault(pointer, "bad_parameter", detail)
+        raise RecipeError(detail, code="bad_parameter", faults=[fault])
     stat = storage.stat(uri)
     data = storage.read_bytes(uri, limit=MAX_DATA_BYTES, version=stat.version)
     return Samples(settings, parse_lines(data, settings, uri, pointer, vocab_size), stat)
@@ -101,7 +110,7 @@ def parse_lines(
             continue
         if len(lines) == settings.samples:
             break
-        lines.append((f"{uri}, line {number}", _field(line, settings.field)))
+        lines.append((f"{uri}, line {number}", _field(line, settings.field or "text")))
     return _check(lines, settings, pointer, vocab_size)
 
 

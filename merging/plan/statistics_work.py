@@ -120,7 +120,8 @@ class StatisticsWork(msgspec.Struct, frozen=True):
         length: Places of a sample.
         batch: Samples at once.
         sample_digest: See :attr:`merging.plan.samples.Samples.digest`.
-        samples: For the first shard.
+        samples: For the first shard, unless the model sees images: then it reads these.
+        image_shape: Of an image that the model sees; empty if it sees tokens.
         backward: It goes back through its part; what stands behind the blocks (``is_last``) is one.
     """
 
@@ -139,3 +140,4 @@ class StatisticsWork(msgspec.Struct, frozen=True):
     sample_digest: str
     samples: SampleWork | None = None
     backward: Backward | None = None
+    image_shape: tuple[int, ...] = ()

@@ -21,15 +21,16 @@ class CalibrationSettings(BaseModel):
         min_length=1,
         description=(
             "Address of a JSON Lines file, one object a line; or the samples themselves: texts, or"
-            " lists of token ids."
+            " lists of token ids. For a vision model, of a safetensors file."
         ),
     )
-    field: str = Field(
-        default="text",
+    field: str | None = Field(
+        default=None,
         min_length=1,
         description=(
             "Key of a line's object that holds the sample: a text, a list of token ids, or with"
-            " chat_template a list of messages."
+            " chat_template a list of messages; 'text' by default. Of images the name of the"
+            " tensor, 'pixel_values' by default."
         ),
     )
     samples: int = Field(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from merging.execute.shard import run_shard
 from merging.method import get_method
@@ -82,6 +83,19 @@ def _qwen2_moe() -> Any:
     return transformers.Qwen2MoeForCausalLM(config)
 
 
+_PIXELS = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def _clip_vision() -> Any:
+    config = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=40, **_PIXELS)
+    return transformers.CLIPVisionModel(config)
+
+
+def _vit() -> Any:
+    config = transformers.ViTConfig(hidden_size=16, intermediate_size=40, **_PIXELS)
+    return transformers.ViTModel(config)
+
+
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -90,7 +104,22 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "bert": _bert,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
+    "clip_vision": _clip_vision,
+    "vit": _vit,
 }
+VISION = ("clip_vision", "vit")
+
+
+def write_images(path: Path, **tensors: torch.Tensor) -> str:
+    """Images as a processor makes them, more than are used; ``tensors`` may be others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"labels": torch.arange(9), "pixel_values": images()} | tensors, path)
+    return str(path)
+
+
+def images() -> torch.Tensor:
+    """Nine images of 3×16×16."""
+    return torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
 def write_models(folder: Path, architecture: str, num_experts: int = 2) -> list[Path]:
@@ -143,7 +172,9 @@ def shard_uri(plan: Plan, shard: Shard) -> str:
     return file_uri(plan.output_uri, plan.digest, shard)
 
 
-def hooked_inputs(folder: Path, module_names: Sequence[str]) -> dict[str, torch.Tensor]:
+def hooked_inputs(
+    folder: Path, module_names: Sequence[str], num_images: int = 0
+) -> dict[str, torch.Tensor]:
     """By plain hooks on the whole model, sample by sample: rows that go into modules."""
     config = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager")
     [architecture] = config.architectures
@@ -174,8 +205,21 @@ def hooked_inputs(folder: Path, module_names: Sequence[str]) -> dict[str, torch.
             look = look_at_expert(name, int(expert[2]))
             model.get_submodule(expert[1]).register_forward_pre_hook(look)
         else:
+            if own not in dict(model.named_modules()):
+                own = _renamed(model, own)
             model.get_submodule(own).register_forward_pre_hook(hook(name))
     with torch.no_grad():
-        for sample in SAMPLES:
+        for image in images()[:num_images]:
+            model(pixel_values=image[None])
+        for sample in [] if num_images else SAMPLES:
             model(input_ids=torch.tensor([sample]))
     return {name: torch.cat(found) for name, found in rows.items()}
+
+
+def _renamed(model: Any, name: str) -> str:
+    """The model's name of a module that its checkpoints call otherwise."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    renamed, _ = rename_source_key(f"{name}.weight", get_model_conversion_mapping(model), [])
+    return renamed.removesuffix(".weight")

@@ -26,11 +26,13 @@ from merging.storage.router import open_storage
 from tests.support.calibrated import (
     ARCHITECTURES,
     SAMPLES,
+    VISION,
     calibrated_recipe,
     hooked_inputs,
     run_shards,
     shard_uri,
     statistics_shards,
+    write_images,
     write_models,
 )
 from tests.support.checkpoints import make_family
@@ -64,12 +66,15 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
     tmp_path: Path, architecture: str
 ) -> None:
     models = write_models(tmp_path / "models", architecture, 1)
-    plan = plan_of(calibrated_recipe(models), tmp_path / "out")
+    num_images = 5 if architecture in VISION else 0
+    data = write_images(tmp_path / "images.safetensors") if num_images else SAMPLES
+    document = calibrated_recipe(models, data=data, samples=5)
+    plan = plan_of(document, tmp_path / "out")
     receipts: dict[int, Receipt] = {}
     shards = statistics_shards(plan)
     run_shards(plan, open_storage(), shards, receipts)
     found = {name for s in shards for m in work_of(plan, s).measures for name in m.modules}
-    rows = hooked_inputs(models[1], sorted(found))
+    rows = hooked_inputs(models[1], sorted(found), num_images)
     skeleton = Skeleton(work_of(plan, shards[-1]), "cpu")
     kinds = Counter[str]()
     for shard in shards:
@@ -263,14 +268,24 @@ def test_tokens_of_another_model_are_refused_by_sample(tmp_path: Path) -> None:
         run_plan(plan_of(document, tmp_path / "out"), open_storage())
 
 
-def test_weights_that_the_architecture_lacks_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+            r"no tensor for the parameter 'model\.layers\.0\.self_attn\.k_norm",
+        ),
+        ({"num_hidden_layers": 2}, r"has no parameter 'model\.layers\.2"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_named(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
     models = write_models(tmp_path / "models", "llama", 1)
     for model in models:
         config = json.loads((model / "config.json").read_text())
-        config["architectures"], config["model_type"] = ["Qwen3ForCausalLM"], "qwen3"
-        config["num_hidden_layers"] = 2
-        (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.2"):
+        (model / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=words):
         run_plan(plan_of(calibrated_recipe(models), tmp_path / "out"), open_storage())
 
 
