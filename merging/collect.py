@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from merging.errors import StorageError
 from merging.plan.plan import WORKSPACE, Plan, file_uri, workspace_uri
-from merging.publish import INDEX_NAME
+from merging.publish import marker_name
 from merging.receipts import read_receipt
 from merging.storage.base import Storage
 
@@ -56,7 +56,9 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
 def _published(plan: Plan, digest: str, storage: Storage) -> list[str]:
     """Weight files that are still as this plan's receipts say, but of complete checkpoints."""
     unfinished = [
-        folder for folder in plan.checkpoint_uris if not _exists(storage, f"{folder}/{INDEX_NAME}")
+        folder
+        for folder in plan.checkpoint_uris
+        if not _exists(storage, f"{folder}/{marker_name(plan)}")
     ]
     if not unfinished:
         return []

@@ -79,6 +79,15 @@ class MergeOptions(BaseModel):
             " and samples. By default they go with the merge."
         ),
     )
+    adapter_rank: int | None = Field(
+        default=None,
+        ge=0,
+        le=1 << 16,
+        description=(
+            "Write the result of merging adapters as an adapter of this rank; 0 is that of all"
+            " experts' factors of a layer together. By default it is a whole checkpoint."
+        ),
+    )
     overwrite: bool = Field(
         default=False, description="Replace a checkpoint that is already at the output."
     )

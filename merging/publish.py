@@ -1,6 +1,7 @@
 """Making a merged checkpoint appear: companions, card and report, and the index last.
 
 ``model.safetensors.index.json`` is the commit marker: readers find a complete checkpoint or none.
+That of an adapter is ``adapter_config.json``.
 A sweep is complete with its report, which is written after the indexes of all its checkpoints.
 """
 
@@ -30,6 +31,7 @@ from merging.storage.base import Storage
 from merging.verify import verify_output
 
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_NAME = "adapter_config.json"
 
 
 def prepare_output(plan: Plan, storage: Storage) -> None:
@@ -65,7 +67,7 @@ def _markers(output: str, storage: Storage) -> list[str]:
     return [
         item.uri
         for item in storage.list(output)
-        if item.uri[len(output) + 1 :] in (INDEX_NAME, "model.safetensors")
+        if item.uri[len(output) + 1 :] in (INDEX_NAME, "model.safetensors", ADAPTER_NAME)
     ]
 
 
@@ -97,7 +99,7 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
     for merge, own in zip(merges, reports, strict=True):
         _write_companions(merge, own, storage)
     for merge in merges:
-        storage.write_bytes(f"{merge.output_uri}/{INDEX_NAME}", weight_index(merge))
+        storage.write_bytes(f"{merge.output_uri}/{marker_name(merge)}", marker(merge))
     if plan.variants:
         storage.write_bytes(f"{plan.output_uri}/{SWEEP_REPORT_NAME}", _json(report))
     _clear(plan, storage)
@@ -137,7 +139,7 @@ def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:
     name = SWEEP_REPORT_NAME if plan.variants else REPORT_NAME
     try:
         for uri in plan.checkpoint_uris:
-            storage.stat(f"{uri}/{INDEX_NAME}")
+            storage.stat(f"{uri}/{marker_name(plan)}")
         report = read_report(storage, plan.output_uri, name)
     except StorageError as error:
         if error.code == "not_found":
@@ -156,6 +158,16 @@ def read_report(storage: Storage, output_uri: str, name: str = REPORT_NAME) -> d
     if not isinstance(report, dict):
         raise StorageError(f"{output_uri}/{name} is not a merge report.", code="not_found")
     return report
+
+
+def marker_name(plan: Plan) -> str:
+    """The file that is written last: of a checkpoint its index, of an adapter its config."""
+    return INDEX_NAME if plan.adapter_config is None else ADAPTER_NAME
+
+
+def marker(plan: Plan) -> bytes:
+    """What is in it."""
+    return weight_index(plan) if plan.adapter_config is None else _json(plan.adapter_config)
 
 
 def weight_index(plan: Plan) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 
 from merging.errors import StorageError
 from merging.plan.plan import Plan
-from merging.publish import INDEX_NAME, read_report, weight_index
+from merging.publish import marker, marker_name, read_report
 from merging.report import CARD_NAME, REPORT_NAME, SWEEP_REPORT_NAME
 from merging.storage.base import Storage
 
@@ -44,11 +44,13 @@ def unpublish(plan: Plan, report: Mapping[str, Any], storage: Storage) -> int:
     for merge, own in zip(plan.merges(), reports, strict=True):
         output = merge.output_uri
         names = [file["name"] for file in own["output"]["files"]]
-        if not any(f"{output}/{name}" in found for name in (INDEX_NAME, REPORT_NAME, *names)):
+        if not any(
+            f"{output}/{name}" in found for name in (marker_name(merge), REPORT_NAME, *names)
+        ):
             continue
         _check_checkpoint(merge, own, found, storage)
         names += [companion.file_name for companion in merge.companions]
-        first.append(f"{output}/{INDEX_NAME}")
+        first.append(f"{output}/{marker_name(merge)}")
         then += [f"{output}/{name}" for name in (*names, "config.json", CARD_NAME)]
         last.append(f"{output}/{REPORT_NAME}")
     doomed = [uri for uri in (*first, *then, *last) if uri in found]
@@ -68,12 +70,12 @@ def _check_checkpoint(
     for file in report["output"]["files"]:
         if found.get(f"{output}/{file['name']}", file["size"]) != file["size"]:
             raise _changed(output, file["name"], "has another size")
-    index = f"{output}/{INDEX_NAME}"
-    expected = weight_index(merge)
+    index = f"{output}/{marker_name(merge)}"
+    expected = marker(merge)
     if index in found and (
         found[index] != len(expected) or storage.read_bytes(index, limit=len(expected)) != expected
     ):
-        raise _changed(output, INDEX_NAME, "names other tensors or files")
+        raise _changed(output, marker_name(merge), "names other tensors or files")
 
 
 def _check_report(output: str, name: str, report: Mapping[str, Any], storage: Storage) -> None:

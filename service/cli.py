@@ -11,6 +11,7 @@ import typer
 from merging.errors import MergeError
 from service import cli_admin, cli_remote
 from service.cli_common import (
+    AdapterRankOption,
     BudgetOption,
     DeviceBudgetOption,
     FiniteOption,
@@ -115,6 +116,7 @@ def merge(
     seed: SeedOption = 0,
     threads: ThreadsOption = 1,
     statistics_uri: StatisticsOption = None,
+    adapter_rank: AdapterRankOption = None,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
 ) -> None:
@@ -132,6 +134,7 @@ def merge(
         seed=seed,
         threads=threads,
         statistics_uri=statistics_uri,
+        adapter_rank=adapter_rank,
         overwrite=overwrite,
         check_finite=check_finite,
     )
@@ -155,6 +158,7 @@ def plan(
     device_memory_budget: DeviceBudgetOption = None,
     workers: WorkersOption = None,
     statistics_uri: StatisticsOption = None,
+    adapter_rank: AdapterRankOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -174,6 +178,7 @@ def plan(
         device_memory_budget=device_memory_budget,
         workers=workers,
         statistics_uri=statistics_uri,
+        adapter_rank=adapter_rank,
         overwrite=overwrite,
     )
     made = _make_plan(recipe, output, options, open_storage())

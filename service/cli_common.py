@@ -38,6 +38,12 @@ StatisticsOption = Annotated[
     str | None,
     typer.Option(help="Folder that keeps statistics of samples for other merges."),
 ]
+AdapterRankOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Write merged adapters as an adapter of this rank; 0: of all ranks together."
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace a checkpoint at the output.")]
 FiniteOption = Annotated[bool, typer.Option(help="Fail on NaN or infinity in an input.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -9,6 +9,7 @@ import typer
 
 from service.cli_common import (
     DEFAULT_URL,
+    AdapterRankOption,
     BudgetOption,
     DeviceBudgetOption,
     FiniteOption,
@@ -51,6 +52,7 @@ def submit(
     threads: ThreadsOption = 1,
     workers: WorkersOption = None,
     statistics_uri: StatisticsOption = None,
+    adapter_rank: AdapterRankOption = None,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
     label: LabelOption = None,
@@ -68,6 +70,7 @@ def submit(
         "threads": threads,
         "workers": workers,
         "statistics_uri": statistics_uri,
+        "adapter_rank": adapter_rank,
         "overwrite": overwrite,
         "check_finite": check_finite,
     }
@@ -92,6 +95,7 @@ def propose(
     threads: ThreadsOption = 1,
     workers: WorkersOption = None,
     statistics_uri: StatisticsOption = None,
+    adapter_rank: AdapterRankOption = None,
     overwrite: OverwriteOption = False,
     check_finite: FiniteOption = True,
     as_json: JsonOption = False,
@@ -107,6 +111,7 @@ def propose(
         "threads": threads,
         "workers": workers,
         "statistics_uri": statistics_uri,
+        "adapter_rank": adapter_rank,
         "overwrite": overwrite,
         "check_finite": check_finite,
     }

@@ -72,6 +72,7 @@ class AdapterConfig:
         fan_in_fan_out: The config says that layers are stored in×out.
         rank_patterns: ``rank_pattern``, in order.
         alpha_patterns: ``alpha_pattern``, in order.
+        task_type: What the model is for (``CAUSAL_LM``), if it says so.
     """
 
     base_name: str
@@ -81,6 +82,7 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     rank_patterns: tuple[_Pattern, ...] = ()
     alpha_patterns: tuple[_Pattern, ...] = ()
+    task_type: str | None = None
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives to a module, by its name in the model."""
@@ -115,6 +117,7 @@ def parse_adapter_config(data: bytes, uri: str) -> AdapterConfig:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         rank_patterns=_patterns(config, "rank_pattern", uri, lowest=1, whole=True),
         alpha_patterns=_patterns(config, "alpha_pattern", uri),
+        task_type=task[:200] if isinstance(task := config.get("task_type"), str) else None,
     )
 
 

@@ -21,7 +21,8 @@ class ExpertMaker:
     An adapter's factors are read with the first piece of a tensor and kept for the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._adapters: dict[int, Adapter] = {}
 
     def make(
@@ -47,16 +48,17 @@ class ExpertMaker:
             return
         for number, parts in enumerate(piece.problem.parts):
             start = next(arriving).view(shape) if parts.is_stored else base
-            assert start is not None, "the base is read where an expert starts from it"
             if not parts.is_stored and not expand:
                 # The method declares that it takes adapters among tensors.
-                adapter = self._adapter(piece, number, parts, start, arriving)
+                adapter = self._adapter(piece, number, parts, arriving)
                 yield cast("torch.Tensor", adapter)
-            elif parts.rank == 0:
+                continue
+            assert start is not None, "the base is read where an expert starts from it"
+            if parts.rank == 0:
                 yield start
             else:
                 expert = start.to(_work_dtype(piece.problem), copy=True)
-                adapter = self._adapter(piece, number, parts, expert, arriving)
+                adapter = self._adapter(piece, number, parts, arriving)
                 _add_entries(expert.view(-1), adapter, piece)
                 yield expert
 
@@ -65,24 +67,25 @@ class ExpertMaker:
         piece: Piece,
         number: int,
         parts: Parts,
-        like: torch.Tensor,
         arriving: Iterator[torch.Tensor],
     ) -> Adapter:
         if piece.start == 0:
-            self._adapters[number] = _read_adapter(piece.problem, parts, like, arriving)
+            self._adapters[number] = _read_adapter(piece.problem, parts, self._device, arriving)
         return self._adapters.pop(number) if piece.is_last else self._adapters[number]
 
 
 def _read_adapter(
-    problem: Problem, parts: Parts, like: torch.Tensor, arriving: Iterator[torch.Tensor]
+    problem: Problem, parts: Parts, device: str, arriving: Iterator[torch.Tensor]
 ) -> Adapter:
     """An adapter of a stored tensor, in memory of its own; of rank 0 without a read."""
+    import torch
+
     from merging.ops.low_rank import Adapter
 
     dtype = _work_dtype(problem)
     rows, columns = problem.input_shape[0], math.prod(problem.input_shape[1:])
     if parts.rank == 0:
-        nothing = like.new_empty(0, dtype=dtype)
+        nothing = torch.empty(0, dtype=dtype, device=device)
         return Adapter(nothing.view(rows, 0), nothing.view(0, columns))
     first = next(arriving).to(dtype, copy=True)
     second = next(arriving).to(dtype, copy=True)

@@ -33,7 +33,7 @@ class Solver:
         self._work = work
         self._memory: defaultdict[int, dict[str, Any]] = defaultdict(dict)
         self._device = device
-        self._experts = ExpertMaker()
+        self._experts = ExpertMaker(device)
         self._copies: torch.cuda.Stream | None = None
         if device != "cpu":
             import torch

@@ -20,7 +20,7 @@ from merging.plan.renaming import match_names
 from merging.plan.wording import shorten_list
 from merging.roles import describe_tensor
 
-_WRAPPER = "base_model.model."
+WRAPPER = "base_model.model."
 """In front of the model's own names, since peft wraps the model."""
 
 _FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
@@ -143,7 +143,7 @@ class _Fitting:
         """Tell factors from tensors that replace others, and from what is not known."""
         foreign: dict[str, list[str]] = defaultdict(list)
         for name, entry in self._adapter.tensors.items():
-            own = name.removeprefix(_WRAPPER)
+            own = name.removeprefix(WRAPPER)
             if match := _FACTOR.fullmatch(own):
                 module = self._modules.setdefault(match[1], _Module({}))
                 self._take(module.factors, match[2] or match[3], entry)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from merging.dtypes import ITEM_SIZE
+from merging.factored import step_of
 from merging.method import Geometry, MergeMethod, get_method
 from merging.plan.cost import Budgets, problem_cost, problem_load
 from merging.plan.packing import made_file, make_shard, pack, tensor_sources

@@ -333,6 +333,7 @@ class Plan(msgspec.Struct, frozen=True):
         variants: Of a sweep, each with a checkpoint of its own under the output; recipe and method
             are the whole sweep's.
         chat_template: Text of the output's; None if it is among the companions.
+        adapter_config: ``adapter_config.json`` if the output is an adapter.
         added_tokens: Tokens that the output's tokenizer has beside those in its companions.
     """
 
@@ -358,6 +359,7 @@ class Plan(msgspec.Struct, frozen=True):
     variants: tuple[Variant, ...] = ()
     chat_template: str | None = None
     added_tokens: tuple[AddedToken, ...] = ()
+    adapter_config: dict[str, Any] | None = None
 
     @property
     def variant_names(self) -> tuple[str, ...]:

@@ -16,6 +16,12 @@ import msgspec
 from merging.checkpoint.index import CheckpointIndex, checkpoint_digest
 from merging.errors import PlanError
 from merging.options import MergeOptions
+from merging.plan.adapter_output import (
+    adapter_output,
+    adapter_shard,
+    check_adapter_output,
+    refuse_adapter_output,
+)
 from merging.plan.alignment import align, with_output_rows
 from merging.plan.calibrating import calibrate_after
 from merging.plan.chat_template import choose_chat_template, is_chat_template
@@ -49,6 +55,7 @@ from merging.storage.base import Storage
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
 
 
 def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_uri: str) -> Plan:
@@ -70,6 +77,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         StorageError: Something cannot be read.
     """
     if recipe.documents:
+        refuse_adapter_output(options)
         return plan_documents(recipe, storage, options, output_uri, make_plan)
     output_uri = storage.normalise(output_uri)
     warnings = list(recipe.warnings)
@@ -98,6 +106,11 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     if vocabulary is not None:
         builder.aligned = align(stored, vocabulary, builder, stages, warnings)
     problems = builder.build(tensors)
+    as_adapter = None
+    if options.adapter_rank is not None:
+        check_adapter_output(recipe, inputs)
+        as_adapter = adapter_output(problems, stages, builder, inputs, options.adapter_rank)
+        problems = as_adapter.problems
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
     problems = add_statistics(problems, stages, builder, stored, recipe, options, storage, warnings)
@@ -107,13 +120,16 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         problems = calibrate_after(problems, merged, stages)
     rest = stages.unwritten(problems)
     check_fit([*stages.problems, *rest], builder.settings.settings, budgets)
-    outputs = pack(rest, options.max_shard_size, first_index=len(stages.shards))
-    outputs = tuple(
-        msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs
-    )
-    shards = number_files([*stages.shards, *outputs])
+    if as_adapter is not None:
+        shards = (*stages.shards, adapter_shard(rest, len(stages.shards)))
+    else:
+        outputs = pack(rest, options.max_shard_size, first_index=len(stages.shards))
+        outputs = tuple(
+            msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs
+        )
+        shards = number_files([*stages.shards, *outputs])
     described = _inputs(inputs)
-    config = output_config(inputs, problems, warnings)
+    config = {} if as_adapter else output_config(inputs, problems, warnings)
     settings = builder.settings.settings
     warnings += warn_of_inputs(recipe, inputs, described)
     warnings += warn_of_problems(problems, settings, inputs.method, options)
@@ -136,7 +152,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         files=tuple(builder.files),
         settings=tuple(settings),
         shards=shards,
-        config=tokenizer.adapt_config(config),
+        config=tokenizer.adapt_config(config) if config else {},
         companions=companions,
         warnings=tuple(warnings),
         totals=sum_up(shards),
@@ -144,6 +160,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         variants=variants,
         chat_template=chat_template,
         added_tokens=tokenizer.added_tokens,
+        adapter_config=as_adapter.config if as_adapter else None,
     )
 
 
@@ -158,7 +175,7 @@ def check_output_free(storage: Storage, output_uri: str) -> None:
     found = [
         name
         for name in names
-        if name in (INDEX_NAME, SINGLE_NAME)
+        if name in (INDEX_NAME, SINGLE_NAME, ADAPTER_NAME)
         or (name.endswith(".safetensors") and "/" not in name and not is_unfinished)
     ]
     if found:

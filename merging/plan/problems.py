@@ -83,6 +83,7 @@ class ProblemBuilder:
 
     Attributes:
         files: Those that are read, in the order in which they came up.
+        dtype: Of the output's floats, if the recipe says.
         aligned: Where tensors are read whose rows were put in another order, by address and name.
     """
 
@@ -94,7 +95,7 @@ class ProblemBuilder:
         self.settings = VariantSettings(self._variants, entries)
         self._inputs = inputs
         self._budgets = budgets
-        self._dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
+        self.dtype = RECIPE_NAMES.get(recipe.out_dtype or recipe.dtype or "")
         self._has_adapters = [
             any(e.adapter and e.index is one.donor for e in one.experts) for one in inputs.sections
         ]
@@ -184,7 +185,7 @@ class ProblemBuilder:
         problem = Problem(
             tensor_name=name,
             shape=entry.shape,
-            dtype=(self._dtype or promote(types)) if is_float(entry.dtype) else entry.dtype,
+            dtype=(self.dtype or promote(types)) if is_float(entry.dtype) else entry.dtype,
             setting=setting,
             base=base,
             experts=tuple(source for one in experts for source in (*one.stored, *one.factors)),

@@ -16,6 +16,7 @@ from collections import Counter
 
 import msgspec
 
+from merging.factored import step_of
 from merging.method import Geometry, get_method
 from merging.plan.cost import expansion_flops, takes_matrices
 from merging.plan.plan import ALIGN, COPY, STATISTICS, Plan, Problem, Shard

@@ -187,7 +187,7 @@ class VariantSettings:
                 )
                 faults.append(Fault(variant.pointer, "incompatible_options", detail))
                 continue
-            if any(map(_takes_passes, table.settings, map(table.parameters, itertools.count()))):
+            if any(map(takes_passes, table.settings, map(table.parameters, itertools.count()))):
                 detail = (
                     f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
                     " over the model, which variants cannot share. Submit it as a merge by itself."
@@ -224,7 +224,7 @@ class VariantSettings:
         return self._numbers[parts]
 
 
-def _takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
+def takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
     if getattr(parameters, "svc", None) is not None:
