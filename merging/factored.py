@@ -20,14 +20,7 @@ _TOLD = 0.01
 """Of an update's norm: what an adapter lacks of it is told of from here on."""
 
 
-def step_of(method: MergeMethod, name: str) -> Step:
-    """A step by the name that plans have for it, factors included."""
-    if name.startswith(FACTORS):
-        return _factor_step(method, int(name.removeprefix(FACTORS)))
-    return method.step(name)
-
-
-def _factor_step(method: MergeMethod, rank: int) -> Step:
+def factor_step(method: MergeMethod, rank: int) -> Step:
     """lora_A (rank×I) and lora_B (O×rank) of adapters' merged update, flat, one after the other."""
 
     def merge(_: torch.Tensor | None, experts: Iterator[Any], task: Task) -> torch.Tensor:

@@ -9,18 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from merging.method import Cost, Geometry, MergeMethod, Step, Task
+from merging.method import Cost, Geometry, Step, Task
 from merging.ops.forms import SVD_FLOPS
 
 if TYPE_CHECKING:
     import torch
 
 SVC = "svc"
-
-
-def step_of(method: MergeMethod, name: str) -> Step:
-    """A step by the name that plans have for it: the method, one of its own, or the calibration."""
-    return CALIBRATE if name == SVC else method.step(name)
 
 
 def _calibrate(

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging.factored import step_of
 from merging.layered import group_by_problem
 from merging.method import Step, get_method
 from merging.plan.cost import is_streaming, is_tiled, takes_adapters
 from merging.plan.plan import COPY, Setting, ShardWork
-from merging.singular_values import step_of
+from merging.steps import step_of
 
 
 @dataclass(frozen=True, slots=True)

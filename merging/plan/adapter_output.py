@@ -28,6 +28,7 @@ from merging.plan.problems import ProblemBuilder, promote
 from merging.plan.variants import takes_passes
 from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
+from merging.singular_values import SVC
 
 WITHOUT = "Leave 'adapter_rank' out for a whole checkpoint."
 
@@ -109,10 +110,7 @@ def adapter_output(
         RecipeError: ``incompatible_options``: an adapter changes something else than layers.
     """
     changed = [p for p in problems if stages.method(p) is not None and p.num_made]
-    settings = builder.settings
-    if any(
-        takes_passes(settings.settings[p.setting], settings.parameters(p.setting)) for p in changed
-    ):
+    if any(_looks_further(problem, builder) for problem in changed):
         detail = f"{_no_update(inputs.method.name + ' with these parameters')} {WITHOUT}"
         fault = Fault("/merge_method", "incompatible_options", detail)
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
@@ -130,6 +128,13 @@ def adapter_output(
     ranks = {module: own for _, module, own in made}
     transposed = any(problem.transposed for problem in changed)
     return AdapterOutput(found, _config(inputs, ranks, transposed=transposed))
+
+
+def _looks_further(problem: Problem, builder: ProblemBuilder) -> bool:
+    """Whether a layer is merged in several passes, or calibrated after that."""
+    setting, parameters = problem.setting, builder.settings.parameters(problem.setting)
+    is_calibrated = getattr(parameters, SVC, None) is not None
+    return is_calibrated or takes_passes(builder.settings.settings[setting], parameters)
 
 
 def _check(changed: Sequence[Problem], inputs: Inputs) -> None:

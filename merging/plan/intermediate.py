@@ -8,13 +8,12 @@ from typing import Any
 import msgspec
 
 from merging.dtypes import ITEM_SIZE
-from merging.factored import step_of
 from merging.method import Geometry, MergeMethod, get_method
 from merging.plan.cost import Budgets, problem_cost, problem_load
 from merging.plan.packing import made_file, make_shard, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
 from merging.plan.variants import VariantSettings
-from merging.singular_values import step_of
+from merging.steps import step_of
 
 
 class Intermediates:

@@ -16,13 +16,12 @@ from collections import Counter
 
 import msgspec
 
-from merging.factored import step_of
 from merging.method import Geometry, get_method
 from merging.plan.cost import expansion_flops, takes_matrices
 from merging.plan.plan import ALIGN, COPY, STATISTICS, Plan, Problem, Shard
 from merging.plan.stages import shards_needed
 from merging.rates import Rates, storage_kind
-from merging.singular_values import step_of
+from merging.steps import step_of
 
 _SOURCE_SECONDS = 1e-4
 """Of Python and torch for one source of a tensor, beside what depends on sizes."""

@@ -127,9 +127,14 @@ def test_updates_of_higher_rank_are_approximated_with_a_warning(
     assert any("lacks" in warning for warning in report["warnings"])
 
 
-def test_passes_over_the_model_are_refused(tmp_path: Path, family: AdapterFamily) -> None:
+@pytest.mark.parametrize(("method", "parameters"), [("iso_c", {}), ("tsv_m", {"svc": 0.5})])
+def test_passes_over_the_model_are_refused(
+    tmp_path: Path, family: AdapterFamily, method: str, parameters: dict[str, Any]
+) -> None:
     with pytest.raises(RecipeError, match="with these parameters"):
-        merge(family.recipe("iso_c", family.adapters), tmp_path / "out", adapter_rank=0)
+        merge(
+            family.recipe(method, family.adapters, **parameters), tmp_path / "out", adapter_rank=0
+        )
 
 
 def test_ranks_that_differ_from_layer_to_layer_are_patterns(
