@@ -24,6 +24,9 @@ from merging.plan.statistics_work import Backward, StatisticsWork
 _ROWS = 32
 """Predictions summed up together, in float64."""
 
+_ENTRIES = 1 << 18
+"""Entries summed up together, likewise: few, since each takes twice its memory."""
+
 
 class FisherRun:
     """One shard's way back.
@@ -85,7 +88,7 @@ class FisherRun:
                 gradient = self._go_back(number, length)
             if gradients is not None:
                 gradients[number, :length] = gradient[0].cpu()
-        diagonals = [(total / self._work.num_samples).cpu() for total in self._sums]
+        diagonals = [total.div_(self._work.num_samples).cpu() for total in self._sums]
         results = [] if gradients is None else [gradients]
         if self._work.is_last:
             results.append(self._labels)
@@ -93,7 +96,8 @@ class FisherRun:
 
     def _join_size(self, diagonals: list[torch.Tensor]) -> torch.Tensor:
         """Frobenius norm and number of entries of these diagonals and those before."""
-        squares = sum(float(own.double().square().sum()) for own in diagonals)
+        parts = (part for own in diagonals for part in own.split(_ENTRIES))
+        squares = sum(float(part.double().square().sum()) for part in parts)
         norm, entries = self._size.double().tolist()
         entries += sum(own.numel() for own in diagonals)
         return torch.tensor([(norm**2 + squares) ** 0.5, entries])

@@ -225,12 +225,14 @@ class FisherChain(ExpertChain):
         """Bytes: weights, gradients and sums, hidden states and their gradients, one sample's run.
 
         For its way back a run keeps three times what it holds at once on its way forward. Logits
-        are there four times.
+        are there four times; a tied embedding has a gradient from either end.
         """
         measured = sum(measure.width for measure in work.measures)
-        entries = _num_entries(work) + 2 * measured + 3 * math.prod(self._hidden_shape)
+        is_both = self._is_tied and work.block < 0
+        states = 3 * math.prod(self._hidden_shape)
+        entries = _num_entries(work) + (3 if is_both else 2) * measured + states
         stored = max((source.num_bytes for source in weights), default=0)
-        if work.is_last or (self._is_tied and work.block < 0):
+        if work.is_last or is_both:
             vocab = max(weight.shape[0] for weight in work.weights)
             running = 4 * _FLOATS * work.length * vocab
         else:
