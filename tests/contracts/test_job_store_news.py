@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
+from contextlib import aclosing
 from datetime import timedelta
 
 import pytest
@@ -15,6 +17,7 @@ from service.jobs.records import EventType, Progress
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.jobs.states import JobState
 from service.jobs.tell import news_row, tell
+from service.news import News
 from tests.contracts.test_job_store_concurrency import at_once
 from tests.support.fake_clock import FakeClock
 from tests.support.jobs import bring_to, new_job
@@ -189,3 +192,31 @@ def test_old_news_go_and_their_places_are_not_given_again(
     assert store.news_bounds() == NewsBounds(after.last, after.last)
     store.submit(new_job())
     assert store.news_bounds() == NewsBounds(after.last, after.last + 1)
+
+
+def test_who_follows_one_replica_is_told_what_all_of_them_write(
+    store: SqlJobStore, clock: FakeClock
+) -> None:
+    url = store._engine.url.render_as_string(hide_password=False)
+    others = [open_store(url, clock=clock, migrate=False) for _ in range(3)]
+    start = store.news_bounds().last
+    written: list[str] = []
+
+    async def follow() -> list[str]:
+        news = News(store, poll_seconds=0.01)
+        seen: list[str] = []
+        async with aclosing(news.follow(start)) as pages:
+            work = asyncio.gather(*(asyncio.to_thread(write, other) for other in others))
+            async for page, _ in pages:
+                seen += [shared.item.subject for shared in page]
+                if len(seen) >= 60:
+                    break
+            await work
+        return seen
+
+    def write(other: SqlJobStore) -> None:
+        written.extend(other.submit(new_job())[0].id for _ in range(20))
+
+    assert Counter(asyncio.run(follow())) == Counter(written)
+    for other in others:
+        other.close()

@@ -52,6 +52,49 @@ def follow(api: LiveApi, job_id: str, seed: int) -> list[dict[str, Any]]:
                     break  # in the middle of whatever is on its way
 
 
+def follow_all(api: LiveApi, upto: int, seed: int) -> list[dict[str, Any]]:
+    """Read the events of everything from the oldest to a position, in pieces too."""
+    chance = random.Random(seed)
+    seen: list[dict[str, Any]] = []
+    headers = {"Authorization": api.admin.headers["Authorization"], "Accept": "text/event-stream"}
+    headers["Last-Event-ID"] = "0"
+    while not seen or seen[-1]["position"] < upto:
+        patience = chance.randint(0, 80)
+        with api.client(headers) as client, client.stream("GET", "/v1/events") as stream:
+            assert stream.status_code == 200
+            for event in read_stream(stream.iter_lines()):
+                seen.append(event)
+                patience -= 1
+                if patience < 0 or event["position"] >= upto:
+                    break  # in the middle of whatever is on its way
+        headers["Last-Event-ID"] = str(seen[-1]["position"])
+    return seen
+
+
+@pytest.mark.slow
+def test_streams_of_everything_cut_at_random_points_tell_each_event_once(api: LiveApi) -> None:
+    """Several jobs are written at once; each client stops at an event that nothing follows."""
+    claims = [claim for _ in range(4) if (claim := api.bring_to(JobState.RUNNING)[1])]
+    with ThreadPoolExecutor(NUM_CLIENTS + len(claims)) as threads:
+
+        def write(number: int) -> None:
+            for turn in range(50):
+                api.store.update_progress(claims[number], Progress(bytes_done=turn))
+
+        writers = [threads.submit(write, number) for number in range(len(claims))]
+        early = [threads.submit(follow_all, api, 150, seed) for seed in range(NUM_CLIENTS)]
+        for writer in writers:
+            writer.result()
+        upto = api.store.news_bounds().last
+        late = [threads.submit(follow_all, api, upto, seed) for seed in range(NUM_CLIENTS)]
+        early_seen = [future.result() for future in early]
+        found = [future.result() for future in late]
+    table = api.admin.get("/v1/events?limit=1000").json()["data"]
+    assert len(table) > 200
+    assert all(seen == table for seen in found)
+    assert all(seen == table[: len(seen)] for seen in early_seen)
+
+
 @pytest.mark.slow
 def test_streams_cut_at_random_points_together_tell_everything_once(api: LiveApi) -> None:
     job, claim = api.bring_to(JobState.PUBLISHING)
