@@ -26,7 +26,7 @@ HEARTBEAT_SECONDS = 15.0
 """Silence after which it is said up to where there is nothing new."""
 
 _PAGE = 500
-_MOST_KEPT = 5000
+_MOST_KEPT = 1000
 
 
 class SharedNews:

@@ -53,6 +53,17 @@ def test_rows_change_as_events_come_and_nothing_is_polled(page: Page, yard: Yard
         assert asked == []
 
 
+def test_a_comparison_follows_a_job_that_is_still_running(page: Page, yard: Yard) -> None:
+    ids = [yard.submit("compared", "linear"), yard.submit("compared-late", "linear")]
+    open_gate(yard.root / "compared", 99)
+    page.goto(f"{yard.service.url}/compare?job={ids[0]}&job={ids[1]}")
+    live(page)
+    digests = page.get_by_role("row", name=re.compile("Output digest"))
+    expect(digests).to_contain_text("–")
+    open_gate(yard.root / "compared-late", 99)
+    expect(digests).to_contain_text("= equal")
+
+
 def test_workers_tokens_and_deliveries_appear_without_being_asked_for(
     page: Page, yard: Yard
 ) -> None:
@@ -73,7 +84,10 @@ def test_workers_tokens_and_deliveries_appear_without_being_asked_for(
         page.get_by_role("button", name="Deliveries").click()
         expect(page.get_by_text("Nothing was sent yet.")).to_be_visible()
         api.post(f"/v1/webhook-endpoints/{hook['id']}/test")
-        expect(page.get_by_role("region", name="Deliveries")).to_contain_text("endpoint.test")
+        deliveries = page.get_by_role("region", name="Deliveries").get_by_role("row")
+        expect(deliveries.filter(has_text="endpoint.test")).to_have_count(1)
+        page.get_by_role("button", name="Send again").click()
+        expect(deliveries.filter(has_text="endpoint.test")).to_have_count(2)
         api.delete(f"/v1/webhook-endpoints/{hook['id']}")
     expect(page.get_by_text("Nobody is told of jobs yet.")).to_be_visible()
 

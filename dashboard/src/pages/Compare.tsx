@@ -1,15 +1,17 @@
 /** Two or more jobs side by side: what differs in the recipes, in the digests, and in what came out. */
 
-import { useEffect, useMemo, useState } from "preact/hooks";
+import { useMemo, useState } from "preact/hooks";
 
-import { ApiError, get } from "../api/client";
-import type { Job, JobDetail, Page, Problem, Report } from "../api/types";
+import { get } from "../api/client";
+import type { Job, JobDetail, Page, Report } from "../api/types";
 import { type Line, Plot } from "../charts/Plot";
 import { compareDocuments } from "../lib/compare";
 import { bytes, count, digits, duration, flops, percent, rate, seconds, shortDigest, shortUri } from "../lib/format";
 import { byLayer } from "../lib/report";
-import { useResource } from "../lib/resource";
+import { useNow, useResource } from "../lib/resource";
 import { Link, href, setQuery, usePlace } from "../lib/router";
+import { type LiveData, useLive } from "../live/useLive";
+import { LiveMark } from "../ui/LiveMark";
 import { Card, Loading, ProblemNotice, StateBadge, TableScroll, ViewBar } from "../ui/parts";
 
 const MOST = 6;
@@ -28,10 +30,14 @@ interface Compared {
 export function ComparePage() {
   const { query } = usePlace();
   const ids = query.getAll("job").slice(0, MOST);
-  const { items, problem } = useCompared(ids);
+  const { data: items, problem, live } = useCompared(ids);
+  const now = useNow();
   return (
     <div class="stack">
-      <h1>Compare jobs</h1>
+      <div class="row spread">
+        <h1>Compare jobs</h1>
+        <LiveMark live={live} now={now} />
+      </div>
       <Picker ids={ids} />
       {problem && <ProblemNotice problem={problem} />}
       {ids.length > 0 && !items && !problem && <Loading what="the jobs" />}
@@ -44,24 +50,13 @@ export function ComparePage() {
   );
 }
 
-function useCompared(ids: string[]): { items: Compared[] | null; problem: Problem | null } {
-  const [found, setFound] = useState<{ key: string; items: Compared[] } | null>(null);
-  const [problem, setProblem] = useState<Problem | null>(null);
-  const key = ids.join(" ");
-  useEffect(() => {
-    const abort = new AbortController();
-    setProblem(null);
-    Promise.all(ids.map((id) => readOne(id, abort.signal)))
-      .then((read) => setFound({ key, items: read.flat().slice(0, MOST) }))
-      .catch((error: unknown) => {
-        if (abort.signal.aborted) return;
-        if (!(error instanceof ApiError)) throw error;
-        setFound(null);
-        setProblem(error.problem);
-      });
-    return () => abort.abort();
-  }, [key]);
-  return { items: found?.key === key ? found.items : null, problem };
+function useCompared(ids: string[]): LiveData<Compared[]> {
+  return useLive({
+    key: ids.join(" "),
+    read: async (signal) => (await Promise.all(ids.map((id) => readOne(id, signal)))).flat().slice(0, MOST),
+    types: ["job.state_changed", "job.finished"],
+    isNews: (event) => event.job_id !== null && ids.includes(event.job_id),
+  });
 }
 
 /** A job, or every variant of one that is a sweep. */
