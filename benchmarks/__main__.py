@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 
 HELPERS = frozenset(
-    {"__init__", "__main__", "records", "sparse_models", "instant_service", "large_job"}
+    {
+        "__init__",
+        "__main__",
+        "records",
+        "processes",
+        "sparse_models",
+        "instant_service",
+        "large_job",
+    }
 )
 
 

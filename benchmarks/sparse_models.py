@@ -1,16 +1,27 @@
-"""Checkpoints as large as real ones that take no room: honest headers, and files full of holes."""
+"""Checkpoints as large as real ones that take no room: honest headers, and files full of holes.
+
+Smaller ones can be filled with random weights, for programs whose speed depends on the values.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from merging.checkpoint.header import encode_header
 
 _FILE_BYTES = 5 * 10**9
 _ITEM_BYTES = 2  # bfloat16
+_HEAD = 128
+_CHUNK = 1 << 22
 
 
 class Shape(NamedTuple):
@@ -61,10 +72,56 @@ def write_sparse_model(folder: Path, shape: Shape) -> Path:
                 "model_type": "llama",
                 "tie_word_embeddings": False,
                 "torch_dtype": "bfloat16",
+                "hidden_size": shape.hidden,
+                "intermediate_size": shape.intermediate,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.hidden // _HEAD,
+                "num_key_value_heads": shape.key_value // _HEAD,
+                "vocab_size": shape.vocab,
             }
         )
     )
     return folder
+
+
+def write_random_family(folder: Path, shape: Shape, num_experts: int) -> tuple[Path, list[Path]]:
+    """Write a base model and experts of it with random weights, through to the disk.
+
+    Weights of the base have a standard deviation of 0.02, task vectors one of 0.001.
+
+    Returns:
+        The folders of the base and of the experts.
+    """
+    base = write_sparse_model(folder / "base", shape)
+    experts = [folder / f"expert-{number}" for number in range(num_experts)]
+    for expert in experts:
+        shutil.copytree(base, expert)
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(base.glob("*.safetensors")):
+        _fill([path, *(expert / path.name for expert in experts)], generator)
+    return base, experts
+
+
+def _fill(paths: Sequence[Path], generator: torch.Generator) -> None:
+    """Write weights after the headers, which are the same in all of these files."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("r+b")) for path in paths]
+        start = 8 + int.from_bytes(files[0].read(8), "little")
+        for file in files:
+            file.seek(start)
+        left = (paths[0].stat().st_size - start) // _ITEM_BYTES
+        noise = torch.empty(_CHUNK)
+        while left:
+            count = min(left, _CHUNK)
+            base = torch.empty(count).normal_(0, 0.02, generator=generator).bfloat16()
+            for number, file in enumerate(files):
+                task_vector = noise[:count].normal_(0, 1e-3, generator=generator)
+                weights = (base + task_vector).bfloat16() if number else base
+                file.write(weights.view(torch.uint8).numpy().data)
+            left -= count
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:

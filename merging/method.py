@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merging.errors import RecipeError
+from merging.ops.blocks import block_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +190,7 @@ class Geometry:
         row_block: As in :class:`Task`.
         transposed: As in :class:`Task`.
         ranks: As in :class:`Task`.
+        on_host: A CPU solves, as far as is known.
     """
 
     shape: tuple[int, ...]
@@ -196,11 +198,16 @@ class Geometry:
     row_block: int = 0
     transposed: bool = False
     ranks: tuple[int, ...] = ()
+    on_host: bool = False
 
     @property
     def num_entries(self) -> int:
         """Entries of the tensor."""
         return math.prod(self.shape)
+
+    def block_bytes(self, num_buffers: int) -> int:
+        """Bytes of float32 buffers of a block each, for a function that ``rounds``."""
+        return block_workspace(self.num_entries, num_buffers, on_host=self.on_host)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -230,6 +237,7 @@ class Task:
         figures: The function puts what the report should say here (JSON-able numbers and strings).
         given: Results of the method's reductions (:class:`Staged`), flat, on the device.
         memory: What tiles of one tensor, which come in order, tell one another.
+        out: For the result of a step that ``rounds``: flat, in the type of the file, if given.
     """
 
     tensor_name: str
@@ -244,6 +252,7 @@ class Task:
     given: Sequence[torch.Tensor] = ()
     memory: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    out: torch.Tensor | None = None
 
 
 MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task], "torch.Tensor"]
@@ -252,8 +261,8 @@ MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task]
 ``base`` and each expert have the same shape, are in their stored dtype, and are on the device to
 work on; ``experts`` yields them one at a time, in recipe order, as their bytes arrive. A method
 that can work on one expert at a time must not hold on to earlier ones: that is what bounds memory.
-Returns a new float32 tensor (float64 if an input is float64) of the same shape, on the same device.
-"""
+Returns a new float32 tensor (float64 if an input is) of the same shape, on the same device, or a view
+of ``task.out``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +277,7 @@ class Step:
         takes_adapters: An expert that is an adapter comes as an
             :class:`~merging.ops.low_rank.Adapter` of the stored tensor and not expanded.
         flat: Inputs are handed over flat, whatever their lengths.
+        rounds: The function rounds its result block by block, and holds nothing else as large.
     """
 
     merge: MergeFunction
@@ -276,6 +286,7 @@ class Step:
     streaming: bool = False
     takes_adapters: bool = False
     flat: bool = False
+    rounds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from merging.method import Cost, Geometry, Reduction, Separability, Step, Task
 from merging.ops.bins import COARSE_BINS, FINE_BINS, numbers_of
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +139,7 @@ class Thresholds:
         return Cost(
             flops=6.0 * rows * geometry.num_entries + making.flops,
             workspace_bytes=2 * 8 * rows * FINE_BINS
-            + elementwise_workspace(geometry.num_entries, num_buffers=6)
+            + geometry.block_bytes(num_buffers=6)
             + making.workspace_bytes,
         )
 
@@ -192,7 +191,7 @@ def keep_beyond(task: Task, like: torch.Tensor) -> KeepFromThresholds:
 
     Args:
         task: Its last given values are those of the second pass.
-        like: Flat tensor of the work dtype, as long as the first tile.
+        like: Flat tensor of the work dtype, as long as the first tile or a block.
     """
     from merging.ops.quantiles import read_thresholds
     from merging.ops.sparsify import KeepFromThresholds

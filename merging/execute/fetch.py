@@ -72,6 +72,7 @@ class Unit:
         self.admitted = threading.Event()
         self.reads: list[Future[None]] = []
         self.error: MergeError | None = None
+        self.is_ahead = True
 
     def view(self, piece: Piece) -> torch.Tensor:
         """The piece's entries as a flat tensor in their stored dtype, without copying.
@@ -120,6 +121,9 @@ class Fetcher:
         self._budget = budget
         self._buffers = buffers
         self._lock = threading.Lock()
+        budget.allow_ahead(
+            max((sum(u.num_bytes for u in units) for units in self.units), default=0)
+        )
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="fetch")
         self._dispatcher = threading.Thread(target=self._dispatch, name="fetch-order", daemon=True)
         self._dispatcher.start()
@@ -139,6 +143,9 @@ class Fetcher:
         unit.admitted.wait()
         if unit.error is not None:
             raise unit.error
+        if unit.is_ahead:
+            unit.is_ahead = False
+            self._budget.arrive(unit.num_bytes)
         for read in unit.reads:
             read.result()
         return unit

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 _GRAIN = 1 << 16
+_KEPT_BYTES = 256 << 20
+_AHEAD_BYTES = 256 << 20
+"""Read before the solver needs it, or the next group if that is more: enough to keep eight reads
+of 16 MiB going. Beyond that nothing is gained, and fresh pages cost more than reading into them."""
+
 _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 4 << 20
 
@@ -44,6 +49,8 @@ class MemoryBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._set_aside = 0
+        self._ahead = 0
+        self._most_ahead = _AHEAD_BYTES
         self.used = 0
         self.peak = 0
         self._closed = False
@@ -53,24 +60,38 @@ class MemoryBudget:
         """Leave so many bytes of the limit to others than prefetching."""
         self._set_aside += num_bytes
 
+    def allow_ahead(self, num_bytes: int) -> None:
+        """Let prefetching be so far ahead of the solver, if that is more than it may be anyway."""
+        self._most_ahead = max(self._most_ahead, num_bytes)
+
     def take(self, num_bytes: int) -> None:
         """Count bytes as held, whatever the limit."""
         with self._changed:
             self._add(num_bytes)
 
     def wait_and_take(self, num_bytes: int, *, urgent: threading.Event) -> bool:
-        """Wait for room (or until ``urgent`` is set); False if the budget was closed instead."""
+        """Wait for room (or until ``urgent`` is set); False if the budget was closed instead.
+
+        What was taken counts as prefetched until :meth:`arrive` says that the solver is there.
+        """
         with self._changed:
-            while not (
-                self._closed
-                or urgent.is_set()
-                or self.used + num_bytes <= self.limit - self._set_aside
-            ):
+            while not (self._closed or urgent.is_set() or self._has_room(num_bytes)):
                 self._changed.wait()
             if self._closed:
                 return False
             self._add(num_bytes)
+            self._ahead += num_bytes
             return True
+
+    def arrive(self, num_bytes: int) -> None:
+        """The solver has come to bytes that were prefetched."""
+        with self._changed:
+            self._ahead -= num_bytes
+            self._changed.notify_all()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        is_near = self._ahead + num_bytes <= self._most_ahead
+        return is_near and self.used + num_bytes <= self.limit - self._set_aside
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition on what is held comes true; looked at after every release."""
@@ -101,21 +122,20 @@ class MemoryBudget:
 
 
 class BufferPool:
-    """Host byte buffers for fetched ranges, reused because fresh pages are dear.
+    """Host byte buffers for what is read and what is written, reused because fresh pages are dear.
 
-    Idle buffers are kept up to ``keep_bytes``. With ``pinned`` they are page-locked, so that
-    copies to a GPU run at full speed beside its computing.
+    Idle buffers are kept as far as the budget leaves room beside what is held. With ``pinned`` they
+    are page-locked, so that copies to a GPU run at full speed beside its computing.
     """
 
-    def __init__(self, keep_bytes: int, *, pinned: bool) -> None:
-        self._keep_bytes = keep_bytes
+    def __init__(self, budget: MemoryBudget, *, pinned: bool) -> None:
+        self._budget = budget
         self._pinned = pinned
         self._idle: list[torch.Tensor] = []
-        self._idle_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, num_bytes: int) -> torch.Tensor:
-        """A uint8 tensor of at least ``num_bytes`` (uninitialised)."""
+        """A uint8 tensor of at least ``num_bytes`` (uninitialised), which the budget counts."""
         import torch
 
         with self._lock:
@@ -123,14 +143,20 @@ class BufferPool:
             if fitting:
                 best = min(fitting, key=lambda buffer: buffer.numel())
                 self._idle = [buffer for buffer in self._idle if buffer is not best]
-                self._idle_bytes -= best.numel()
                 return best
+        self.make_room()
         rounded = max(_GRAIN, (num_bytes + _GRAIN - 1) // _GRAIN * _GRAIN)
         return torch.empty(rounded, dtype=torch.uint8, pin_memory=self._pinned)
 
     def put(self, buffer: torch.Tensor) -> None:
         """Hand a buffer back; nobody may use views of it any more."""
         with self._lock:
-            if self._idle_bytes + buffer.numel() <= self._keep_bytes:
-                self._idle.append(buffer)
-                self._idle_bytes += buffer.numel()
+            self._idle.append(buffer)
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Let go of idle buffers, longest idle first, that do not fit beside what is held."""
+        with self._lock:
+            room = min(_KEPT_BYTES, self._budget.limit - self._budget.used)
+            while self._idle and sum(buffer.numel() for buffer in self._idle) > room:
+                del self._idle[0]

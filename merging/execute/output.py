@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import MergeError
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     import torch
 
 _QUEUE_LENGTH = 2
+_Waiting = tuple[memoryview | bytes, Callable[[], None]]
+
+
+def _nothing() -> None:
+    """Nobody waits for what was written."""
 
 
 class ShardFile:
@@ -31,7 +36,7 @@ class ShardFile:
         self._budget = budget
         self._busy = busy
         self._hash = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | bytes | None] = queue.Queue(_QUEUE_LENGTH)
+        self._queue: queue.Queue[_Waiting | None] = queue.Queue(_QUEUE_LENGTH)
         self._error: BaseException | None = None
         self.bytes_written = 0
         self.bytes_waiting = 0
@@ -49,10 +54,10 @@ class ShardFile:
             self._thread.join()
         self._writer.abort()
 
-    def write(self, data: bytes | torch.Tensor) -> None:
-        """Append bytes, or the raw bytes of a contiguous host tensor that nobody changes again.
+    def write(self, data: bytes | torch.Tensor, done: Callable[[], None] = _nothing) -> None:
+        """Append bytes, or the raw bytes of a contiguous host tensor that nobody changes meanwhile.
 
-        What waits to be written counts against the budget.
+        What waits to be written counts against the budget. ``done`` is called when it is written.
 
         Raises:
             StorageError: An earlier write failed.
@@ -63,7 +68,7 @@ class ShardFile:
         self._budget.take(len(raw))
         with self._lock:
             self.bytes_waiting += len(raw)
-        self._queue.put(raw)
+        self._queue.put((raw, done))
 
     def finish(self) -> tuple[ObjectStat, str]:
         """Wait for all writes and publish the file; returns its stat and hex SHA-256."""
@@ -75,7 +80,8 @@ class ShardFile:
             return self._writer.commit(), self._hash.hexdigest()
 
     def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
+        while (waiting := self._queue.get()) is not None:
+            data, done = waiting
             try:
                 if self._error is None:
                     with self._busy:
@@ -86,7 +92,10 @@ class ShardFile:
                 self._error = error
             with self._lock:
                 self.bytes_waiting -= len(data)
-            self._budget.release(len(data))
+            num_bytes = len(data)
+            del data, waiting
+            done()
+            self._budget.release(num_bytes)
 
 
 class ShardFiles:
@@ -133,10 +142,22 @@ class ShardFiles:
         """Of all files."""
         return sum(file.bytes_waiting for file in self._files)
 
-    def write(self, data: bytes | torch.Tensor, numbers: Sequence[int] | None = None) -> None:
+    def write(
+        self,
+        data: bytes | torch.Tensor,
+        numbers: Sequence[int] | None = None,
+        done: Callable[[], None] = _nothing,
+    ) -> None:
         """Append to files, by default to all; see :meth:`ShardFile.write`."""
-        for number in range(len(self._files)) if numbers is None else numbers:
-            self._files[number].write(data)
+        chosen = range(len(self._files)) if numbers is None else numbers
+        left = iter(range(len(chosen) - 1, -1, -1))  # taken from by the writers' threads
+
+        def done_once() -> None:
+            if next(left) == 0:
+                done()
+
+        for number in chosen:
+            self._files[number].write(data, done_once)
 
     def finish(self) -> list[tuple[ObjectStat, str]]:
         """Publish one file after the other; see :meth:`ShardFile.finish`."""

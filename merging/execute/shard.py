@@ -27,8 +27,7 @@ from merging.execute.given import Given, read_given
 from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
 from merging.execute.output import ShardFiles
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
-from merging.execute.solve import Solver
-from merging.plan.cost import group_limit
+from merging.execute.solve import Solved, Solver
 from merging.plan.packing import data_bytes, shard_header
 from merging.plan.plan import ALIGN, PLAN_FORMAT, STATISTICS, ShardWork
 from merging.rates import Rates
@@ -165,9 +164,10 @@ class _ShardRun:
         self._rates = rates
         self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
         self._given = Given()
-        self._solver = Solver(work, device)
         self._sum: torch.Tensor | None = None
         self._budget = MemoryBudget(work.memory_budget)
+        self._buffers = BufferPool(self._budget, pinned=device != "cpu")
+        self._solver = Solver(work, device, self._buffers)
         self._clock = _Clock()
         self._variants = [
             [_Solved() for _ in range(work.shard.num_files)] for _ in work.shard.problems
@@ -219,11 +219,8 @@ class _ShardRun:
     def _fetcher(self, writer_bytes: int) -> Fetcher:
         """Start reading ahead, into what the budget leaves beside solving and writing."""
         pieces = (piece for group in self._groups for piece in group.pieces)
-        idle_bytes = group_limit(self._work.memory_budget) // 2
-        self._budget.set_aside(max(map(self._working_bytes, pieces), default=0))
-        self._budget.set_aside(idle_bytes + writer_bytes)
-        buffers = BufferPool(idle_bytes, pinned=self._device != "cpu")
-        return Fetcher(self._work, self._groups, self._storage, self._budget, buffers)
+        self._budget.set_aside(max(map(self._working_bytes, pieces), default=0) + writer_bytes)
+        return Fetcher(self._work, self._groups, self._storage, self._budget, self._buffers)
 
     def _working_bytes(self, piece: Piece) -> int:
         """Host memory that solving a piece takes beside its inputs."""
@@ -260,14 +257,15 @@ class _ShardRun:
                     raise Cancelled("The merge was cancelled.")
                 self._clock.run("write", functools.partial(self._wait_for_writes, files, working))
                 self._budget.take(working)
-                (numbers, result), seconds = self._solve(results)
+                self._buffers.make_room()
+                (numbers, result, done), seconds = self._solve(results)
                 self._budget.release(working)
                 variants[numbers[0]].seconds += seconds
                 if piece.is_summand:
                     result = self._add_up(piece, result)
                 if piece.is_last or not piece.is_summand:
-                    self._clock.run("write", functools.partial(files.write, result, numbers))
-                del result
+                    self._clock.run("write", functools.partial(files.write, result, numbers, done))
+                del result, done
 
     def _add_up(self, piece: Piece, result: torch.Tensor) -> torch.Tensor:
         """The sum of the results of a problem's pieces so far."""
@@ -281,9 +279,7 @@ class _ShardRun:
         budget = self._budget
         budget.wait_until(lambda: budget.used + needed <= budget.limit or not files.bytes_waiting)
 
-    def _solve(
-        self, results: Generator[tuple[tuple[int, ...], torch.Tensor]]
-    ) -> tuple[tuple[tuple[int, ...], torch.Tensor], float]:
+    def _solve(self, results: Generator[Solved]) -> tuple[Solved, float]:
         """The next result, and the seconds that it took beside waiting for bytes."""
         waited = self._clock.seconds["fetch"]
         begin = time.perf_counter()

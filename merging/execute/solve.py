@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from merging.dtypes import torch_dtype
 from merging.errors import NumericalError
 from merging.execute.experts import ExpertMaker
+from merging.execute.memory import BufferPool
 from merging.execute.pieces import Piece
 from merging.execute.treatment import Treatment
 from merging.method import MergeMethod, Task
@@ -21,19 +23,40 @@ _CHECK_BLOCK = 1 << 18
 """Entries looked at together by the finiteness check: small enough to stay in cache."""
 
 
+class Solved(NamedTuple):
+    """A result.
+
+    Attributes:
+        files: Numbers of the files that it goes to.
+        tensor: Flat and contiguous, on the host, in the type of the files.
+        done: To be called when it is written.
+    """
+
+    files: tuple[int, ...]
+    tensor: torch.Tensor
+    done: Callable[[], None]
+
+
 class Solver:
     """Turns inputs into output tensors on one device.
 
     Attributes:
         given: What problems are given beside their inputs; to be set before they are solved.
+
+    Args:
+        work: The shard.
+        device: To solve on.
+        buffers: For copies, and results that a CPU rounds.
     """
 
-    def __init__(self, work: ShardWork, device: str) -> None:
+    def __init__(self, work: ShardWork, device: str, buffers: BufferPool) -> None:
         self.given: Mapping[Source, torch.Tensor] = {}
         self._work = work
         self._memory: defaultdict[int, dict[str, Any]] = defaultdict(dict)
         self._device = device
         self._experts = ExpertMaker(device)
+        self._buffers = buffers
+        self._buffer: torch.Tensor | None = None
         self._copies: torch.cuda.Stream | None = None
         if device != "cpu":
             import torch
@@ -42,7 +65,7 @@ class Solver:
 
     def solve(
         self, piece: Piece, inputs: Iterator[torch.Tensor], figures: Sequence[dict[str, Any]]
-    ) -> Generator[tuple[tuple[int, ...], torch.Tensor]]:
+    ) -> Generator[Solved]:
         """Merge one piece.
 
         Args:
@@ -51,7 +74,7 @@ class Solver:
             figures: Filled with what the method reports, for each file of the shard.
 
         Yields:
-            Numbers of files, and the flat contiguous host tensor in the output dtype for them.
+            One result after the other.
 
         Raises:
             NumericalError: ``non_finite_input`` or ``non_finite_output``, naming the tensor.
@@ -61,6 +84,7 @@ class Solver:
         reported = [figures[files[0]] for files in treatment.files]
         for place, merged in self._merge(piece, inputs, reported):
             result = merged.reshape(-1).to(torch_dtype(problem.dtype)).cpu()
+            done = self._done_with(result)
             del merged  # its memory may be used again while the result is written
             if treatment.applied[place].step is not None and self._work.check_finite:
                 what = f"The merged tensor {problem.tensor_name!r}"
@@ -68,7 +92,8 @@ class Solver:
             files = treatment.files[place]
             for number in files[1:]:
                 figures[number].update(reported[place])
-            yield files, result
+            yield Solved(files, result, done)
+            del result
 
     def _merge(
         self,
@@ -79,7 +104,7 @@ class Solver:
         """The places of what is applied, and merged tensors on the device."""
         treatment, problem = piece.treatment, piece.problem
         if treatment.applied[0].step is None:  # then in all variants
-            yield 0, next(inputs).clone()
+            yield 0, self._new_result(piece, "cpu").copy_(next(inputs))
             return
         if piece.start == 0:
             self._memory.clear()
@@ -94,6 +119,8 @@ class Solver:
             if len(group) == 1:
                 step = treatment.applied[group[0]].step
                 assert step is not None
+                if step.rounds:
+                    tasks[group[0]].out = self._new_result(piece, self._device)
                 yield group[0], step.merge(seen, experts, tasks[group[0]])
             else:
                 yield from _merge_layer(treatment, group, seen, experts, tasks)
@@ -115,6 +142,26 @@ class Solver:
             memory=self._memory[place],
             shape=problem.input_shape,
         )
+
+    def _new_result(self, piece: Piece, device: str) -> torch.Tensor:
+        """Memory for a result, on the host used again."""
+        import torch
+
+        dtype, num_bytes = torch_dtype(piece.problem.dtype), piece.output_bytes
+        if device != "cpu":
+            return torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self._buffer = self._buffers.get(num_bytes)
+        return self._buffer[:num_bytes].view(dtype)
+
+    def _done_with(self, result: torch.Tensor) -> Callable[[], None]:
+        """What to call when a result has been written."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return _nothing
+        if buffer.data_ptr() != result.data_ptr():
+            self._buffers.put(buffer)
+            return _nothing
+        return functools.partial(self._buffers.put, buffer)
 
     def _arrive(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Inputs on the device; a host buffer is free again when the next one is asked for."""
@@ -170,7 +217,7 @@ def _merge_layer(
 
 
 def _nothing() -> None:
-    """There is no copy to wait for."""
+    """There is no copy to wait for, and no buffer to use again."""
 
 
 def check_finite(flat: torch.Tensor, what: str, code: str) -> None:

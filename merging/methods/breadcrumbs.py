@@ -26,10 +26,12 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace, work_dtype
+from merging.ops.blocks import work_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from merging.ops.task_vectors import Sparsify
 
 
 class BreadcrumbsParameters(TaskVectorParameters):
@@ -69,29 +71,28 @@ def merge_breadcrumbs(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor."""
-    import torch
-
     from merging.ops.bands import KeepBand, RestoreNorms
     from merging.ops.task_vectors import combine_task_vectors
 
     assert base is not None
     tensors = list(experts)
-    merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
 
     def new_band() -> KeepBand:
         densities = [parameters.density for parameters in task.expert_parameters]
         gammas = [parameters.gamma for parameters in task.expert_parameters]
-        return KeepBand(base, tensors, densities, gammas, scratch_N=merged_N)
+        return KeepBand(base, tensors, densities, gammas)
 
-    is_scaled = task.parameters.rescale
+    sparsify: Sparsify = new_band()
+    if task.parameters.rescale:
+        sparsify = RestoreNorms(base, tensors, new_band, work_dtype((base, *tensors)))
     return combine_task_vectors(
         base,
         tensors,
         [parameters.weight for parameters in task.expert_parameters],
         scale=task.parameters.scale,
         normalize=task.parameters.normalize,
-        sparsify=RestoreNorms(base, tensors, new_band, merged_N) if is_scaled else new_band(),
-        out=merged_N,
+        sparsify=sparsify,
+        out=task.out,
     )
 
 
@@ -100,7 +101,7 @@ def breadcrumbs_cost(geometry: Geometry, parameters: BreadcrumbsParameters) -> C
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(80.0 if parameters.rescale else 40.0) * num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=num_experts + 10),
+        workspace_bytes=num_entries // 4 + geometry.block_bytes(num_buffers=num_experts + 14),
     )
 
 
@@ -118,5 +119,6 @@ register(
         parameters=BreadcrumbsParameters,
         expert_parameters=BreadcrumbsExpertParameters,
         separable="whole",
+        rounds=True,
     )
 )

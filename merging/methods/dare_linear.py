@@ -28,7 +28,6 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +82,7 @@ def merge_dare_linear(
             offset=task.offset,
             device=base.device,
         ),
+        out=task.out,
     )
 
 
@@ -92,7 +92,7 @@ def dare_linear_cost(geometry: Geometry, parameters: DareLinearParameters) -> Co
     num_entries = geometry.num_entries
     return Cost(
         flops=16.0 * geometry.num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=7),
+        workspace_bytes=geometry.block_bytes(num_buffers=7),
     )
 
 
@@ -110,5 +110,6 @@ register(
         parameters=DareLinearParameters,
         expert_parameters=DareLinearExpertParameters,
         symmetric=False,
+        rounds=True,
     )
 )

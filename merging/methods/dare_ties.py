@@ -28,7 +28,6 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +86,7 @@ def merge_dare_ties(
             offset=task.offset,
             device=base.device,
         ),
+        out=task.out,
     )
 
 
@@ -96,7 +96,7 @@ def dare_ties_cost(geometry: Geometry, parameters: DareTiesParameters) -> Cost:
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=24.0 * num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=num_experts + 6),
+        workspace_bytes=geometry.block_bytes(num_buffers=num_experts + 6),
     )
 
 
@@ -116,5 +116,6 @@ register(
         parameters=DareTiesParameters,
         expert_parameters=DareTiesExpertParameters,
         symmetric=False,
+        rounds=True,
     )
 )

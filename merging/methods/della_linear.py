@@ -16,6 +16,7 @@ Cost: a sort of every row; E + 8 blocks of scratch for E experts, or as many row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
@@ -30,10 +31,12 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
+
+_SORTED_BYTES = 32
+"""Of an entry while its row is sorted; rows that are shorter than a block are sorted together."""
 
 
 class DellaLinearParameters(TaskVectorParameters):
@@ -94,17 +97,20 @@ def merge_della_linear(
         seed=task.seed,
         tensor_name=task.tensor_name,
         elect_signs=False,
+        out=task.out,
     )
 
 
 def della_linear_cost(geometry: Geometry, parameters: DellaLinearParameters) -> Cost:
-    """Sorting takes about 60 operators' time per entry; ranks and probabilities are held."""
+    """Sorting takes a dozen operators' time per entry; what is kept is held, a byte each."""
     del parameters
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
+    columns = max(1, math.prod(geometry.shape[1:]) if len(geometry.shape) > 1 else num_entries)
     return Cost(
-        flops=120.0 * num_experts * num_entries,
-        workspace_bytes=4 * (3 * num_experts + 6) * num_entries
-        + elementwise_workspace(num_entries, num_buffers=num_experts + 10),
+        flops=60.0 * num_experts * num_entries,
+        workspace_bytes=num_experts * num_entries
+        + geometry.block_bytes(num_buffers=num_experts + 10)
+        + _SORTED_BYTES * columns,
     )
 
 
@@ -122,6 +128,7 @@ register(
         parameters=DellaLinearParameters,
         expert_parameters=DellaLinearExpertParameters,
         separable="whole",
+        rounds=True,
         symmetric=False,
     )
 )

@@ -26,7 +26,6 @@ from merging.method import (
     TouchParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +56,11 @@ def merge_karcher(
     lengths = products.diagonal().sqrt()
     is_valid = lengths > task.parameters.tol
     if len(tensors) == 1 or not bool(is_valid.any()):
-        return combine(tensors, torch.full_like(lengths, 1 / len(tensors))[None])
+        weights = torch.full_like(lengths, 1 / len(tensors))
+        return combine(tensors, weights[None], out=task.out)
     mean = _mean_direction(products, is_valid, task)
-    return combine(tensors, (mean * lengths.mean())[None])
+    weights = mean * lengths.mean()
+    return combine(tensors, weights[None], out=task.out)
 
 
 def _mean_direction(products: torch.Tensor, is_valid: torch.Tensor, task: Task) -> torch.Tensor:
@@ -94,7 +95,7 @@ def karcher_cost(geometry: Geometry, parameters: KarcherParameters) -> Cost:
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=4 * num_experts + 4),
+        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 4),
     )
 
 
@@ -112,6 +113,7 @@ register(
         parameters=KarcherParameters,
         needs_base=False,
         separable="whole",
+        rounds=True,
         default_rest="mean",
     )
 )

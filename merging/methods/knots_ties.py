@@ -87,8 +87,7 @@ def merge_knots_ties(
     from merging.ops.sparsify import KeepLargest
 
     def keep(parts: list[torch.Tensor]) -> KeepFromThresholds:
-        scratch_N = torch.empty_like(parts[0]).view(-1)
-        return KeepLargest(torch.zeros_like(parts[0]), parts, own_densities(task), scratch_N)
+        return KeepLargest(torch.zeros_like(parts[0]), parts, own_densities(task))
 
     return _merge_aligned(base, experts, task, keep)
 

@@ -26,7 +26,7 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import block_size, blocks_of, elementwise_workspace, work_dtype
+from merging.ops.blocks import block_size, result_for, rounded_blocks, work_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +65,12 @@ def merge_linear(
 
     shape, device = tensors[0].shape, tensors[0].device
     num_entries = shape.numel()
-    merged_N = torch.empty(num_entries, dtype=work_dtype(tensors), device=device)
-    scratch = merged_N.new_empty(min(num_entries, block_size(device)))
+    dtype = work_dtype(tensors)
+    merged_N = result_for(tensors[0], dtype, task.out)
+    scratch = torch.empty(min(num_entries, block_size(device)), dtype=dtype, device=device)
     experts_N = [tensor.reshape(-1) for tensor in tensors]
-    for block in blocks_of(num_entries, device):
-        total = merged_N[block].zero_()
+    for block, total in rounded_blocks(merged_N, dtype):
+        total.zero_()
         for expert_N, weight in zip(experts_N, weights, strict=True):
             term = scratch[: total.numel()].copy_(expert_N[block])
             total.add_(term if weight == 1 else term.mul_(weight))
@@ -80,10 +81,9 @@ def merge_linear(
 def linear_cost(geometry: Geometry, parameters: LinearParameters) -> Cost:
     """A product and a sum per expert and entry."""
     del parameters
-    num_entries = geometry.num_entries
     return Cost(
-        flops=2.0 * geometry.num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=1),
+        flops=2.0 * geometry.num_experts * geometry.num_entries,
+        workspace_bytes=geometry.block_bytes(num_buffers=1),
     )
 
 
@@ -102,5 +102,6 @@ register(
         expert_parameters=WeightParameters,
         needs_base=False,
         default_rest="mean",
+        rounds=True,
     )
 )

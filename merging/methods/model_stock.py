@@ -25,7 +25,6 @@ from merging.method import (
     TouchParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +67,7 @@ def merge_model_stock(
         task.figures["mean_cosine"] = float(cosine.mean())
         task.figures["mean_ratio"] = float(ratio.mean())
     weights = (ratio / count)[:, None].expand(-1, count)
-    return combine(tensors, weights, base, by_rows=by_rows)
+    return combine(tensors, weights, base, by_rows=by_rows, out=task.out)
 
 
 def model_stock_cost(geometry: Geometry, parameters: ModelStockParameters) -> Cost:
@@ -77,7 +76,7 @@ def model_stock_cost(geometry: Geometry, parameters: ModelStockParameters) -> Co
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=4 * num_experts + 4),
+        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 4),
     )
 
 
@@ -95,5 +94,6 @@ register(
         parameters=ModelStockParameters,
         min_experts=2,
         separable="whole",
+        rounds=True,
     )
 )

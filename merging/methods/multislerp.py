@@ -29,7 +29,6 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +78,7 @@ def merge_multislerp(
                 context={"tensor_name": task.tensor_name},
             )
         found = weights
-    return combine(tensors, found[None], base)
+    return combine(tensors, found[None], base, out=task.out)
 
 
 def _sphere_weights(
@@ -113,7 +112,7 @@ def multislerp_cost(geometry: Geometry, parameters: MultislerpParameters) -> Cos
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=4 * num_experts + 4),
+        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 4),
     )
 
 
@@ -133,6 +132,7 @@ register(
         needs_base=False,
         optional_base=True,
         separable="whole",
+        rounds=True,
         default_rest="mean",
     )
 )

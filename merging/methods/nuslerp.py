@@ -26,7 +26,6 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +67,14 @@ def merge_nuslerp(
         base = None if base is None else base.transpose(0, -1)
     products = inner_products(tensors, base, by_rows=by_rows)
     weights = slerp_weights(products, t, linear_from=_LINEAR_FROM)
-    merged = combine(tensors, weights, base, by_rows=by_rows)
+    merged = combine(tensors, weights, base, by_rows=by_rows, out=task.out)
     return merged.transpose(0, -1).contiguous() if is_turned else merged
 
 
 def nuslerp_cost(geometry: Geometry, parameters: NuslerpParameters) -> Cost:
     """Three inner products in float64, and a sum of two; vectors along columns are copied."""
     num_entries = geometry.num_entries
-    workspace = elementwise_workspace(num_entries, num_buffers=12)
+    workspace = geometry.block_bytes(num_buffers=8)
     if parameters.nuslerp_row_wise and not parameters.nuslerp_flatten:
         workspace += 4 * 4 * num_entries
     return Cost(12.0 * num_entries, workspace)
@@ -99,6 +98,7 @@ register(
         min_experts=2,
         max_experts=2,
         separable="whole",
+        rounds=True,
         default_rest="mean",
     )
 )

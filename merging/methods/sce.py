@@ -27,7 +27,6 @@ from merging.method import (
     TouchParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ def merge_sce(
     from merging.ops.energies import merge_by_energy
 
     assert base is not None
-    merged, weights = merge_by_energy(base, list(experts), task.parameters.select_topk)
+    merged, weights = merge_by_energy(base, list(experts), task.parameters.select_topk, task.out)
     task.figures["expert_weights"] = weights
     return merged
 
@@ -69,7 +68,9 @@ def sce_cost(geometry: Geometry, parameters: SceParameters) -> Cost:
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(24.0 * num_experts + 20) * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=3 * num_experts + 8),
+        workspace_bytes=4 * num_entries
+        + num_entries // 4
+        + geometry.block_bytes(num_buffers=num_experts + 12),
     )
 
 
@@ -86,5 +87,6 @@ register(
         cost=sce_cost,
         parameters=SceParameters,
         separable="whole",
+        rounds=True,
     )
 )

@@ -25,7 +25,6 @@ from merging.method import (
     TouchParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -53,14 +52,14 @@ def merge_slerp(
     assert base is not None
     tensors = [base, *experts]
     weights = slerp_weights(inner_products(tensors), task.parameters.t, linear_from=_LINEAR_FROM)
-    return combine(tensors, weights)
+    return combine(tensors, weights, out=task.out)
 
 
 def slerp_cost(geometry: Geometry, parameters: SlerpParameters) -> Cost:
     """Three inner products in float64, and a sum of two."""
     del parameters
     num_entries = geometry.num_entries
-    return Cost(12.0 * num_entries, elementwise_workspace(num_entries, num_buffers=10))
+    return Cost(12.0 * num_entries, geometry.block_bytes(num_buffers=8))
 
 
 register(
@@ -77,5 +76,6 @@ register(
         parameters=SlerpParameters,
         max_experts=1,
         separable="whole",
+        rounds=True,
     )
 )

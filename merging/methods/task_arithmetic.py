@@ -25,7 +25,6 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +52,7 @@ def merge_task_arithmetic(
         [parameters.weight for parameters in task.expert_parameters],
         scale=task.parameters.scale,
         normalize=task.parameters.normalize,
+        out=task.out,
     )
 
 
@@ -62,7 +62,7 @@ def task_arithmetic_cost(geometry: Geometry, parameters: TaskArithmeticParameter
     num_entries = geometry.num_entries
     return Cost(
         flops=3.0 * geometry.num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=4),
+        workspace_bytes=geometry.block_bytes(num_buffers=4),
     )
 
 
@@ -79,5 +79,6 @@ register(
         cost=task_arithmetic_cost,
         parameters=TaskArithmeticParameters,
         expert_parameters=WeightParameters,
+        rounds=True,
     )
 )

@@ -32,7 +32,7 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import elementwise_workspace, work_dtype
+from merging.ops.blocks import block_size, work_dtype
 from merging.thresholds import (
     group_by_density,
     has_global_scope,
@@ -85,28 +85,22 @@ def merge_ties(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor."""
-    import torch
-
     from merging.ops.sparsify import KeepLargest
 
     assert base is not None
     tensors = list(experts)
-    # The result's memory serves the search for the thresholds first: nothing else is as large.
-    merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
-    keep = KeepLargest(base, tensors, own_densities(task), scratch_N=merged_N)
-    return _merge_trimmed(base, tensors, task, keep, merged_N)
+    return _merge_trimmed(base, tensors, task, KeepLargest(base, tensors, own_densities(task)))
 
 
 def finish_ties(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor, or the next tile of one, with thresholds that are known."""
-    import torch
-
     assert base is not None
     tensors = list(experts)
-    merged_N = torch.empty(base.numel(), dtype=work_dtype((base, *tensors)), device=base.device)
-    return _merge_trimmed(base, tensors, task, keep_beyond(task, merged_N), merged_N)
+    size = min(base.numel(), block_size(base.device))
+    block = base.new_empty(size, dtype=work_dtype((base, *tensors)))
+    return _merge_trimmed(base, tensors, task, keep_beyond(task, block))
 
 
 def _merge_trimmed(
@@ -114,7 +108,6 @@ def _merge_trimmed(
     experts: Sequence[torch.Tensor],
     task: Task,
     keep: KeepFromThresholds,
-    merged_N: torch.Tensor,
 ) -> torch.Tensor:
     from merging.ops.task_vectors import combine_task_vectors
 
@@ -126,7 +119,7 @@ def _merge_trimmed(
         normalize=task.parameters.normalize,
         elect_signs=True,
         sparsify=keep,
-        out=merged_N,
+        out=task.out,
     )
 
 
@@ -136,7 +129,7 @@ def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=20.0 * num_experts * num_entries,
-        workspace_bytes=elementwise_workspace(num_entries, num_buffers=num_experts + 5),
+        workspace_bytes=num_entries // 4 + geometry.block_bytes(num_buffers=num_experts + 9),
     )
 
 
@@ -164,9 +157,10 @@ register(
         parameters=TiesParameters,
         expert_parameters=TiesExpertParameters,
         separable="whole",
+        rounds=True,
         staged=Staged(
             reductions=THRESHOLDS.reductions(),
-            finish=Step(merge=finish_ties, cost=_finish_cost),
+            finish=Step(merge=finish_ties, cost=_finish_cost, rounds=True),
             group=group_by_density,
         ),
     )

@@ -42,6 +42,47 @@ def elementwise_workspace(num_entries: int, num_buffers: int) -> int:
     return 4 * (num_entries + num_buffers * min(num_entries, _DEVICE_BLOCK))
 
 
+def block_workspace(num_entries: int, num_buffers: int, *, on_host: bool) -> int:
+    """Bytes of a method's block buffers and of :func:`rounded_blocks`'s, on a CPU or elsewhere."""
+    size = _CPU_BLOCK if on_host else _DEVICE_BLOCK
+    return 4 * (num_buffers + 1) * min(num_entries, size)
+
+
+def result_for(like: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    """Flat memory for a result as long as ``like``: what is given, or new in ``dtype``."""
+    import torch
+
+    return torch.empty(like.numel(), dtype=dtype, device=like.device) if out is None else out
+
+
+def rounded_blocks(
+    merged_N: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of a result: to be computed in ``dtype``, and rounded when the next one is asked for.
+
+    Rounding a block while it is in cache saves the passes over memory that a whole result in
+    float32 takes.
+
+    Args:
+        merged_N: Flat result of any float dtype.
+        dtype: To compute in.
+
+    Yields:
+        Where the block is, and uninitialised memory to compute it in.
+    """
+    import torch
+
+    is_direct = merged_N.dtype == dtype
+    size = min(block_size(merged_N.device), merged_N.numel())
+    scratch = torch.empty(0 if is_direct else size, dtype=dtype, device=merged_N.device)
+    for block in blocks_of(merged_N.numel(), merged_N.device):
+        target = merged_N[block]
+        total = target if is_direct else scratch[: target.numel()]
+        yield block, total
+        if not is_direct:
+            target.copy_(total)
+
+
 def work_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The type to compute in: float32, or float64 if an input has it."""
     import torch

@@ -11,11 +11,12 @@ R×n. With an origin, vectors are differences from it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from merging.ops.blocks import block_size, work_dtype
+from merging.ops.blocks import block_size, blocks_of, result_for, work_dtype
 
 
 def inner_products(
@@ -31,11 +32,13 @@ def inner_products(
     Returns:
         R×n×n in float64, on the device of the tensors.
     """
-    views = [_vectors(tensor, by_rows=by_rows) for tensor in (*tensors, *_listed(origin))]
+    dtype = work_dtype((*tensors, *_listed(origin)))
+    if not by_rows:
+        return _whole_products(tensors, origin, dtype)
+    views = [_vectors(tensor, by_rows=True) for tensor in (*tensors, *_listed(origin))]
     products = torch.zeros(
         (len(views[0]), len(tensors), len(tensors)), dtype=torch.float64, device=views[0].device
     )
-    dtype = work_dtype((*tensors, *_listed(origin)))
     for block in _blocks(views[0]):
         parts = [view[block].to(dtype) for view in views]
         if origin is not None:
@@ -46,12 +49,43 @@ def inner_products(
     return products
 
 
+def _whole_products(
+    tensors: Sequence[torch.Tensor], origin: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Inner products of whole tensors, 1×n×n, one by one: quicker than small matrices are."""
+    count, device = len(tensors), tensors[0].device
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    size = min(block_size(device), flat[0].numel())
+    scratch = torch.empty((2, size), dtype=dtype, device=device)
+    vectors = torch.empty((count, size), dtype=torch.float64, device=device)
+    sums = [torch.zeros((), dtype=torch.float64, device=device)] * (count * (count + 1) // 2)
+    pairs = list(itertools.combinations_with_replacement(range(count), 2))
+    for block in blocks_of(flat[0].numel(), device):
+        start, difference = scratch[:, : flat[0][block].numel()]
+        if origin is not None:
+            start.copy_(origin.reshape(-1)[block])
+        parts = vectors[:, : start.numel()]
+        for part, tensor in zip(parts, flat, strict=True):
+            if origin is None:
+                part.copy_(tensor[block])
+            else:
+                part.copy_(difference.copy_(tensor[block]).sub_(start))
+        sums = [
+            total + torch.dot(parts[i], parts[j]) for total, (i, j) in zip(sums, pairs, strict=True)
+        ]
+    products = torch.zeros((1, count, count), dtype=torch.float64, device=device)
+    for total, (i, j) in zip(sums, pairs, strict=True):
+        products[0, i, j] = products[0, j, i] = total
+    return products
+
+
 def combine(
     tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
     origin: torch.Tensor | None = None,
     *,
     by_rows: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``origin + Σ weight · (tensor − origin)``, or the sum without an origin.
 
@@ -60,24 +94,31 @@ def combine(
         weights: R×n.
         origin: As for :func:`inner_products`, likewise ``by_rows``.
         by_rows: Each row has weights of its own.
+        out: Flat, of any float dtype, for the result; by default new, float32 (float64 if an input
+            is).
 
     Returns:
-        Tensor of that shape, float32 (float64 if an input is).
+        Tensor of that shape.
     """
     dtype = work_dtype((*tensors, *_listed(origin)))
     views = [_vectors(tensor, by_rows=by_rows) for tensor in tensors]
     start = None if origin is None else _vectors(origin, by_rows=by_rows)
-    merged = torch.empty(views[0].shape, dtype=dtype, device=views[0].device)
+    merged = result_for(tensors[0], dtype, out).view(views[0].shape)
+    size = min(block_size(merged.device), merged.numel())
+    scratch = torch.empty((2, size), dtype=dtype, device=merged.device)
     weights = weights.to(dtype)
     for block in _blocks(merged):
-        total = merged[block].zero_()
+        target = merged[block]
+        total, term = (flat[: target.numel()].view(target.shape) for flat in scratch)
+        total.zero_()
         for number, view in enumerate(views):
-            term = view[block].to(dtype, copy=True)
+            term.copy_(view[block])
             if start is not None:
                 term.sub_(start[block].to(dtype))
             total.add_(term.mul_(weights[block[0], number, None]))
         if start is not None:
             total.add_(start[block].to(dtype))
+        target.copy_(total)
     return merged.reshape(tensors[0].shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from merging.ops.blocks import block_size, work_dtype
-from merging.ops.sparsify import kth_largest
+from merging.ops.selection import select_largest
 
 _EPS = 1e-8
 _RANGES = 1.5
@@ -32,7 +32,7 @@ def fuse_important(base: torch.Tensor, expert: torch.Tensor) -> tuple[torch.Tens
         scores[rows] = _importance(base_rows[rows].to(dtype), expert_rows[rows].to(dtype))
     if not base.numel():
         return base.to(dtype, copy=True), 0.0
-    first, median, third = _quartiles(scores.view(-1).clone())
+    first, median, third = _quartiles(scores.view(-1))
     taken = scores >= median + _RANGES * (third - first)
     merged = torch.where(taken, expert_rows.to(dtype), base_rows.to(dtype))
     return merged.view(base.shape), float(taken.sum()) / base.numel()
@@ -45,6 +45,7 @@ def _importance(base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
 
 
 def _quartiles(values_N: torch.Tensor) -> list[float]:
-    """Values at ranks ⌊(N − 1) q⌋ from the smallest; reorders its argument."""
+    """Values at ranks ⌊(N − 1) q⌋ from the smallest."""
     count = len(values_N)
-    return [kth_largest(values_N, count - int(q * (count - 1))) for q in (0.25, 0.5, 0.75)]
+    ranks = [count - int(q * (count - 1)) for q in (0.25, 0.5, 0.75)]
+    return [select_largest(values_N, rank)[0] for rank in ranks]

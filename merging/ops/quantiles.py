@@ -142,28 +142,6 @@ def choose_fine(
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def kth_magnitude(values_N: torch.Tensor, k: int) -> tuple[float, int]:
-    """Exact k-th largest of non-negative float32 values, and how many are larger.
-
-    Its time hardly depends on the values. A selection in memory is as fast where all are different,
-    and takes three times as long on the differences of bfloat16 tensors, most of which are equal to
-    others (16 M values, one thread).
-    """
-    patterns_N = values_N.view(torch.int32)
-    blocks = [patterns_N[block] for block in blocks_of(values_N.numel(), values_N.device)]
-    coarse = torch.zeros(COARSE_BINS, dtype=torch.int64, device=values_N.device)
-    for patterns in blocks:
-        coarse += torch.bincount(patterns >> _LOW_BITS, minlength=COARSE_BINS)
-    upper, above = _from_above(coarse, k)
-    fine = torch.zeros(FINE_BINS, dtype=torch.int64, device=values_N.device)
-    for patterns in blocks:
-        there = patterns[patterns >> _LOW_BITS == upper]
-        fine += torch.bincount(there & (FINE_BINS - 1), minlength=FINE_BINS)
-    lower, above_in_bin = _from_above(fine, k - above)
-    threshold = torch.tensor(upper << _LOW_BITS | lower, dtype=torch.int32).view(torch.float32)
-    return float(threshold), above + above_in_bin
-
-
 def read_thresholds(found_R2: torch.Tensor) -> tuple[list[float], list[float]]:
     """The numbers, and how many equal to each are kept, of :func:`choose_fine`'s result."""
     patterns, ties = found_R2.cpu().view(-1, 2).unbind(1)

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from merging.ops.blocks import block_size, blocks_of
-from merging.ops.quantiles import kth_magnitude
-
-_MANY = 1 << 19
-"""Entries from which histograms are quicker than a selection among bfloat16 differences."""
+from merging.ops.blocks import block_size, blocks_of, work_dtype
+from merging.ops.selection import kth_largest, sample_of
 
 
 class KeepFromThresholds:
@@ -24,7 +21,7 @@ class KeepFromThresholds:
     Args:
         thresholds: One for each expert; 0 keeps everything.
         ties: Entries equal to the threshold that are kept, likewise.
-        like: Flat tensor of the work dtype, as long as the longest tile to come.
+        like: Flat tensor of the work dtype, as long as the longest tile to come (or a block).
     """
 
     def __init__(
@@ -37,20 +34,25 @@ class KeepFromThresholds:
 
     def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
         """Zero the entries of a block that are not kept; blocks must come in order."""
+        if self._thresholds[expert] > 0:
+            magnitudes, mask = self._scratch[:, : task_vector_N.numel()]
+            torch.abs(task_vector_N, out=magnitudes)
+            task_vector_N.mul_(self.mark(expert, magnitudes, mask))
+
+    def mark(self, expert: int, magnitudes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Make ``mask`` 1 where an entry of the next block is kept, and 0 elsewhere."""
         threshold, ties_left = self._thresholds[expert], self._ties_left[expert]
         if threshold == 0:
-            return
-        magnitudes, ties = self._scratch[:, : task_vector_N.numel()]
-        torch.abs(task_vector_N, out=magnitudes)
+            return mask.fill_(1)
         if not ties_left:
-            task_vector_N.mul_(magnitudes.gt_(threshold))
-            return
-        num_ties = int(ties.copy_(magnitudes).eq_(threshold).sum())
-        if num_ties > ties_left:
-            surplus = ties.nonzero().view(-1)[int(ties_left) :]
-            task_vector_N[surplus] = 0
-        task_vector_N.mul_(magnitudes.ge_(threshold))
+            return mask.copy_(magnitudes).gt_(threshold)
+        num_ties = int(mask.copy_(magnitudes).eq_(threshold).sum())
         self._ties_left[expert] = max(0, ties_left - num_ties)
+        surplus = mask.nonzero().view(-1)[int(ties_left) :] if num_ties > ties_left else None
+        mask.copy_(magnitudes).ge_(threshold)
+        if surplus is not None:
+            mask[surplus] = 0
+        return mask
 
 
 class KeepCounts(KeepFromThresholds):
@@ -63,34 +65,36 @@ class KeepCounts(KeepFromThresholds):
         base: Base tensor.
         experts: Tensors of the same shape.
         counts: Entries to keep of each.
-        scratch_N: Flat tensor of the work dtype with as many entries; overwritten.
     """
 
     def __init__(
-        self,
-        base: torch.Tensor,
-        experts: Sequence[torch.Tensor],
-        counts: Sequence[int],
-        scratch_N: torch.Tensor,
+        self, base: torch.Tensor, experts: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> None:
-        super().__init__([], [], scratch_N)
+        like = base.new_empty(
+            min(block_size(base.device), base.numel()), dtype=work_dtype((base, *experts))
+        )
+        super().__init__([], [], like)
         for expert, num_kept in zip(experts, counts, strict=True):
             threshold, num_ties = (0.0 if num_kept else math.inf), 0
             if 0 < num_kept < base.numel():
-                self._write_magnitudes(base, expert, scratch_N)
-                threshold, num_above = _kth_magnitude(scratch_N, num_kept)
+                threshold, num_above = self._kth_magnitude(base, expert, num_kept)
                 num_ties = num_kept - num_above
             self._thresholds.append(threshold)
             self._ties_left.append(num_ties)
 
-    def _write_magnitudes(
-        self, base: torch.Tensor, expert: torch.Tensor, magnitudes_N: torch.Tensor
-    ) -> None:
+    def _kth_magnitude(self, base: torch.Tensor, expert: torch.Tensor, k: int) -> tuple[float, int]:
+        """Exact k-th largest magnitude of a task vector, and how many are larger."""
         base_N, expert_N = base.reshape(-1), expert.reshape(-1)
-        for block in blocks_of(base.numel(), base.device):
-            target = magnitudes_N[block].copy_(expert_N[block])
-            origin = self._scratch[0, : target.numel()].copy_(base_N[block])
-            target.sub_(origin).abs_()
+        dtype = self._scratch.dtype
+
+        def blocks() -> Iterator[torch.Tensor]:
+            for block in blocks_of(base.numel(), base.device):
+                magnitudes, origin = self._scratch[:, : base_N[block].numel()]
+                origin.copy_(base_N[block])
+                yield magnitudes.copy_(expert_N[block]).sub_(origin).abs_()
+
+        sample = (sample_of(expert_N).to(dtype) - sample_of(base_N).to(dtype)).abs_()
+        return kth_largest(blocks, sample, base.numel(), k)
 
 
 class KeepLargest(KeepCounts):
@@ -100,42 +104,12 @@ class KeepLargest(KeepCounts):
         base: Base tensor.
         experts: Tensors of the same shape.
         densities: Share to keep of each, in (0, 1].
-        scratch_N: Flat tensor of the work dtype with as many entries; overwritten.
     """
 
     def __init__(
-        self,
-        base: torch.Tensor,
-        experts: Sequence[torch.Tensor],
-        densities: Sequence[float],
-        scratch_N: torch.Tensor,
+        self, base: torch.Tensor, experts: Sequence[torch.Tensor], densities: Sequence[float]
     ) -> None:
-        counts = [max(1, int(density * base.numel())) for density in densities]
-        super().__init__(base, experts, counts, scratch_N)
-
-
-def _kth_magnitude(values_N: torch.Tensor, k: int) -> tuple[float, int]:
-    """Exact k-th largest of magnitudes, and how many are larger; they are used up."""
-    if values_N.dtype == torch.float32 and values_N.numel() >= _MANY:
-        return kth_magnitude(values_N, k)
-    threshold = kth_largest(values_N, k)
-    return threshold, count_above(values_N, threshold)
-
-
-def kth_largest(values_N: torch.Tensor, k: int) -> float:
-    """Exact k-th largest value, by selection; reorders its argument."""
-    rank = values_N.numel() - k
-    if values_N.device.type == "cpu":
-        array = values_N.numpy()
-        array.partition(rank)  # introselect: several times as fast as torch.kthvalue or topk
-        return float(array[rank])
-    return float(values_N.kthvalue(rank + 1).values)
-
-
-def count_above(values_N: torch.Tensor, threshold: float) -> int:
-    """How many values are larger; overwrites them."""
-    blocks = blocks_of(values_N.numel(), values_N.device)
-    return sum(int(values_N[block].gt_(threshold).sum()) for block in blocks)
+        super().__init__(base, experts, [max(1, int(d * base.numel())) for d in densities])
 
 
 class KeepRandom:
@@ -179,19 +153,14 @@ class KeepRandom:
         density = self._densities[expert]
         if density == 1:
             return
-        uniform = self._uniform_int32(expert, self._offset + start, task_vector_N.numel())
+        uniform = self.uniform_int32(expert, self._offset + start, task_vector_N.numel())
         is_kept = uniform.lt_(min(round(density * 2**32), 2**32 - 1) - 2**31)
         task_vector_N.mul_(is_kept)
         if self._rescale:
             task_vector_N.div_(density)
 
-    def uniform(self, expert: int, start: int, count: int) -> torch.Tensor:
-        """Uniform numbers in [0, 1), in float64, for a block of the tile at hand."""
-        bits = self._uniform_int32(expert, self._offset + start, count)
-        return bits.double().mul_(2.0**-32).add_(0.5)
-
-    def _uniform_int32(self, expert: int, first: int, count: int) -> torch.Tensor:
-        """Uniform 32-bit integers for the entries ``first … first + count - 1``."""
+    def uniform_int32(self, expert: int, first: int, count: int) -> torch.Tensor:
+        """Uniform 32-bit integers for the entries ``first … first + count - 1``, of a block."""
         pair, skip = divmod(first, 2)
         num_pairs = (skip + count + 1) // 2
         state, scratch = self._state[:num_pairs], self._scratch[:num_pairs]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from merging.ops.blocks import block_size, blocks_of, work_dtype
+from merging.ops.blocks import block_size, result_for, rounded_blocks, work_dtype
 
 Sparsify = Callable[[int, torch.Tensor, int], None]
 """``sparsify(expert, task_vector_N, start)`` zeroes (and rescales) entries of a block in place.
@@ -46,15 +46,16 @@ def combine_task_vectors(
         elect_signs: Leave out, in each entry, task vectors whose sign is not that of the weighted
             sum of all; a sum of 0 counts as positive, and zeros never take part.
         sparsify: Applied to each task vector before it is weighed.
-        out: Flat tensor of the result's dtype to write to; a new one by default.
+        out: Flat, of any float dtype, for the result; by default new, float32 (float64 if an input
+            is).
         add_base: False gives the merged task vector alone.
 
     Returns:
-        Tensor of the base's shape, float32 (float64 if an input is).
+        Tensor of the base's shape.
     """
     dtype = work_dtype((base, *experts))
     num_entries = base.numel()
-    merged_N = torch.empty(num_entries, dtype=dtype, device=base.device) if out is None else out
+    merged_N = result_for(base, dtype, out)
     base_N = base.reshape(-1)
     experts_N = [expert.reshape(-1) for expert in experts]
     num_kept = len(experts) if elect_signs else 1
@@ -62,8 +63,8 @@ def combine_task_vectors(
     scratch = torch.empty((3 + num_kept, size), dtype=dtype, device=base.device)
     all_weights = sum(weights)
 
-    for block in blocks_of(num_entries, base.device):
-        total = merged_N[block].zero_()
+    for block, total in rounded_blocks(merged_N, dtype):
+        total.zero_()
         origin, signs, divisor, *task_vectors = scratch[:, : total.numel()]
         origin.copy_(base_N[block])
         for number, (expert_N, weight) in enumerate(zip(experts_N, weights, strict=True)):

@@ -6,8 +6,8 @@ What a worker holds while it works on one problem, from how it works:
   the memory budget (64 MiB at the most). Held: one tile of every source, the method's workspace
   for a tile, and the tile's result in its output type (the whole result of a sum over tiles).
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
-  hold all their inputs. Added: the method's workspace, in which its float32 result is counted, and
-  the result in its output type.
+  hold all their inputs. Added: the method's workspace, in which its float32 result is counted
+  unless it rounds that block by block, and the result in its output type.
 - An adapter's factors are read whole and held in float32 while the tensor is worked on. Where a
   method needs the expert that they make, that is a float32 tensor (or tile) more.
 - Methods compute in float64 if an input is float64: their workspace is then twice as large.
@@ -15,7 +15,8 @@ What a worker holds while it works on one problem, from how it works:
   of them solve the same problem of a layer; else all inputs are held, and whole tensors unless all
   variants can be cut anywhere.
 
-``device_bytes`` is what of that is where the solving is done: everything but the cast result.
+``device_bytes`` is what of that is where the solving is done: everything but the cast result (with
+it on a GPU, if the method rounds).
 ``host_bytes`` is all of it when a CPU solves; in a plan for workers with a GPU (one with a device
 budget) inputs and cast result. What is read ahead, and results that wait to be written, are
 admitted by the worker only as far as the budget leaves room; they are not part of a problem.
@@ -241,7 +242,8 @@ def _cost(
 ) -> ProblemCost:
     steps = [step for step, _ in variants]
     ranks = load.geometry.ranks if takes_adapters(steps) else ()
-    geometry = dataclasses.replace(load.geometry, row_block=row_block, ranks=ranks)
+    on_host = budgets.device is None
+    geometry = dataclasses.replace(load.geometry, row_block=row_block, ranks=ranks, on_host=on_host)
     entries = geometry.num_entries
     flops = sum(cost.flops for cost in _step_costs(variants, geometry))
     if steps[0] is not None and not takes_adapters(steps):
@@ -251,7 +253,8 @@ def _cost(
         expanded = inputs + _FLOAT32_BYTES * entries * load.num_made
         tile = min(entries, tile_entries(entries, expanded, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
-        geometry = Geometry((tile,), geometry.num_experts) if tile < entries else geometry
+        if tile < entries:
+            geometry = Geometry((tile,), geometry.num_experts, on_host=on_host)
         entries = tile
         inputs += sum(load.factor_bytes)
     elif is_streaming(variants):
@@ -260,13 +263,16 @@ def _cost(
     else:
         inputs += sum(load.factor_bytes)
     workspace = 0
+    rounds = all(step is not None and step.rounds for step in steps)
     if costs := _step_costs(variants, geometry):
-        workspace = max(entries * _FLOAT32_BYTES, *(cost.workspace_bytes for cost in costs))
+        least = 0 if rounds else entries
+        workspace = max(least * _FLOAT32_BYTES, *(cost.workspace_bytes for cost in costs))
         workspace += _adapter_entries(variants, load, entries) * _FLOAT32_BYTES
         workspace *= 2 if load.is_double else 1
     result = (entries if load.result_entries is None else load.result_entries) * load.item_size
-    on_host = inputs + result + (workspace if budgets.device is None else 0)
-    return ProblemCost(flops, on_host, inputs + workspace, row_block)
+    host_bytes = inputs + result + (workspace if on_host else 0)
+    device_bytes = inputs + workspace + (result if rounds and not on_host else 0)
+    return ProblemCost(flops, host_bytes, device_bytes, row_block)
 
 
 def _step_costs(variants: Sequence[Application], geometry: Geometry) -> list[Cost]:
