@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from merging.errors import RecipeError
-from merging.ops.blocks import block_workspace
+from merging.ops.geometry import Cost as Cost
+from merging.ops.geometry import Geometry as Geometry
 
 if TYPE_CHECKING:
     import torch
@@ -167,58 +167,6 @@ class WeightParameters(Parameters):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one problem costs, for planning.
-
-    Attributes:
-        flops: Floating-point operations; a multiply-add counts as 2.
-        workspace_bytes: Peak device memory beyond the stored-dtype inputs that are resident.
-    """
-
-    flops: float
-    workspace_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The shape of a problem as cost functions see it.
-
-    Attributes:
-        shape: As stored.
-        num_experts: How many tensors are merged.
-        row_block: As in :class:`Task`.
-        transposed: As in :class:`Task`.
-        ranks: As in :class:`Task`.
-        on_host: A CPU solves, as far as is known.
-    """
-
-    shape: tuple[int, ...]
-    num_experts: int
-    row_block: int = 0
-    transposed: bool = False
-    ranks: tuple[int, ...] = ()
-    on_host: bool = False
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of the tensor."""
-        return math.prod(self.shape)
-
-    def block_bytes(self, num_buffers: int) -> int:
-        """Bytes of float32 buffers of a block each, for a function that ``rounds``."""
-        return block_workspace(self.num_entries, num_buffers, on_host=self.on_host)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Output rows and input columns: trailing dimensions unrolled, a vector as one row."""
-        if len(self.shape) < 2:
-            rows, columns = 1, self.num_entries
-        else:
-            rows, columns = self.shape[0], math.prod(self.shape[1:])
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
 @dataclass(slots=True)
 class Task:
     """One call of a method's function: a tensor, or a tile of an elementwise method's tensor.
@@ -261,8 +209,9 @@ MergeFunction = Callable[["torch.Tensor | None", "Iterator[torch.Tensor]", Task]
 ``base`` and each expert have the same shape, are in their stored dtype, and are on the device to
 work on; ``experts`` yields them one at a time, in recipe order, as their bytes arrive. A method
 that can work on one expert at a time must not hold on to earlier ones: that is what bounds memory.
-Returns a new float32 tensor (float64 if an input is) of the same shape, on the same device, or a view
-of ``task.out``."""
+Returns a new float32 tensor (float64 if an input is float64) of the same shape, on the same device,
+or a view of ``task.out``.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from merging.ops.blocks import block_size, blocks_of, work_dtype
+from merging.ops.blocks import block_size, blocks_of, keep_where, work_dtype
 from merging.ops.sparsify import KeepCounts, KeepRandom
 from merging.ops.task_vectors import Sparsify, combine_task_vectors
 
@@ -94,7 +94,7 @@ class KeepByRank:
         """Zero the entries of a block that are dropped."""
         is_kept = self._kept[expert]
         if is_kept is not None:
-            task_vector_N.mul_(is_kept[start : start + task_vector_N.numel()])
+            keep_where(task_vector_N, is_kept[start : start + task_vector_N.numel()])
 
     def _draw(
         self,
@@ -119,7 +119,7 @@ class KeepByRank:
                 uniform = random.uniform_int32(
                     number, first * columns + block.start, block.stop - block.start
                 )
-                torch.lt(uniform, limit[block], out=target[block])
+                target[block] = uniform < limit[block]
 
 
 def _limits(columns: int, density: float, epsilon: float, device: torch.device) -> torch.Tensor:
@@ -186,7 +186,7 @@ class RestoreNorms:
 
 def _l1_norm(vector: torch.Tensor) -> float:
     """In float64."""
-    return float(torch.linalg.vector_norm(vector, 1, dtype=torch.float64))
+    return float(vector.double().abs_().sum())
 
 
 def merge_by_rank(

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_CPU_BLOCK = 1 << 17
+CPU_BLOCK = 1 << 17
 """Entries. A handful of float32 buffers of this size stay in cache, and calling an operator costs
 little beside running it; measured best from 2¹⁶ to 2¹⁹."""
 
-_DEVICE_BLOCK = 1 << 20
+DEVICE_BLOCK = 1 << 20
 """Entries. On an accelerator a block only has to be large beside the launch of a kernel."""
 
 
 def block_size(device: torch.device) -> int:
     """Entries per block on that device."""
-    return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+    return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
 
 
 def blocks_of(num_entries: int, device: torch.device, rows: int = 1) -> Iterator[slice]:
@@ -39,13 +39,7 @@ def blocks_of(num_entries: int, device: torch.device, rows: int = 1) -> Iterator
 
 def elementwise_workspace(num_entries: int, num_buffers: int) -> int:
     """Bytes of a float32 result and of a method's block buffers, on whichever device has more."""
-    return 4 * (num_entries + num_buffers * min(num_entries, _DEVICE_BLOCK))
-
-
-def block_workspace(num_entries: int, num_buffers: int, *, on_host: bool) -> int:
-    """Bytes of a method's block buffers and of :func:`rounded_blocks`'s, on a CPU or elsewhere."""
-    size = _CPU_BLOCK if on_host else _DEVICE_BLOCK
-    return 4 * (num_buffers + 1) * min(num_entries, size)
+    return 4 * (num_entries + num_buffers * min(num_entries, DEVICE_BLOCK))
 
 
 def result_for(like: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
@@ -81,6 +75,17 @@ def rounded_blocks(
         yield block, total
         if not is_direct:
             target.copy_(total)
+
+
+def keep_where(values_N: torch.Tensor, is_kept_N: torch.Tensor) -> None:
+    """Zero the other entries, in place."""
+    if values_N.device.type != "cpu":
+        values_N.mul_(is_kept_N)
+        return
+    import numpy as np
+
+    # NumPy multiplies by truth values in a third of torch's time.
+    np.multiply(values_N.numpy(), is_kept_N.numpy(), out=values_N.numpy())
 
 
 def work_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from merging.ops.blocks import block_size, blocks_of, work_dtype
+from merging.ops.blocks import block_size, blocks_of, keep_where, work_dtype
 from merging.ops.selection import kth_largest, sample_of
 
 
@@ -154,8 +154,8 @@ class KeepRandom:
         if density == 1:
             return
         uniform = self.uniform_int32(expert, self._offset + start, task_vector_N.numel())
-        is_kept = uniform.lt_(min(round(density * 2**32), 2**32 - 1) - 2**31)
-        task_vector_N.mul_(is_kept)
+        is_kept = uniform < min(round(density * 2**32), 2**32 - 1) - 2**31
+        keep_where(task_vector_N, is_kept)
         if self._rescale:
             task_vector_N.div_(density)
 

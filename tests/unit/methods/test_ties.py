@@ -25,7 +25,7 @@ def test_equals_trim_elect_and_disjoint_mean(normalize: bool, dtype: torch.dtype
 
 def test_equals_the_oracle_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal magnitudes are kept up to the exact count, in order, across block borders."""
-    monkeypatch.setattr("merging.ops.blocks._CPU_BLOCK", 64)
+    monkeypatch.setattr("merging.ops.blocks.CPU_BLOCK", 64)
     base, experts = make_models((50, 41), 3, dtype=torch.bfloat16)
     merged = merge("ties", base, experts, {}, _settings())
     expected = oracle.ties(base, experts, WEIGHTS, DENSITIES)
