@@ -14,7 +14,7 @@ from merging.checkpoint.index import (
     list_folder,
     read_checkpoint_index,
 )
-from merging.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from merging.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, pickle_error
 from merging.errors import CheckpointError
 from merging.storage.base import ObjectStat, Storage
 
@@ -24,12 +24,6 @@ _PICKLE_NAME = "adapter_model.bin"
 _NAMES = frozenset({CONFIG_NAME, WEIGHTS_NAME, _PICKLE_NAME})
 
 _MAX_CONFIG_BYTES = 4 << 20
-
-_CONVERT = (
-    'python -c "import torch; from safetensors.torch import save_file;'
-    f" save_file(torch.load('{_PICKLE_NAME}', map_location='cpu', weights_only=True),"
-    f" '{WEIGHTS_NAME}')\""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +94,7 @@ def _read_adapter(storage: Storage, uri: str, listing: Mapping[str, ObjectStat])
 
 def _check_files(uri: str, listing: Mapping[str, ObjectStat]) -> None:
     if WEIGHTS_NAME not in listing and _PICKLE_NAME in listing:
-        raise CheckpointError(
-            f"{uri} has its weights as a pickle file ({_PICKLE_NAME}), which can run code when it"
-            f" is read; it never is. Where you trust it, convert it once in its folder: {_CONVERT}",
-            code="unsafe_format",
-            context={"uri": uri},
-        )
+        raise pickle_error(uri, [_PICKLE_NAME], WEIGHTS_NAME)
     missing = sorted({CONFIG_NAME, WEIGHTS_NAME} - listing.keys())
     if missing:
         raise CheckpointError(

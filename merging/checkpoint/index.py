@@ -12,7 +12,13 @@ from typing import Any
 from merging.checkpoint.companions import is_companion
 from merging.checkpoint.documents import parse_config, shorten, shorten_all
 from merging.checkpoint.header import Header, read_header
-from merging.checkpoint.weight_files import INDEX_NAME, WeightMap, find_weight_files
+from merging.checkpoint.weight_files import (
+    INDEX_NAME,
+    WeightMap,
+    find_weight_files,
+    is_pickle,
+    pickle_error,
+)
 from merging.errors import CheckpointError, StorageError
 from merging.storage.base import ObjectStat, Storage
 
@@ -126,11 +132,16 @@ def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
 
     Raises:
         StorageError: ``not_found``: it holds nothing; or it cannot be read.
+        CheckpointError: ``unsafe_format``: it is a file of pickled weights.
     """
     start = len(uri.rstrip("/")) + 1
     listing = {stat.uri[start:]: stat for stat in storage.list(uri)}
     if not listing:
-        found = f"{uri} is a file" if _is_file(storage, uri) else f"There is nothing at {uri}"
+        is_file = _is_file(storage, uri)
+        if is_file and is_pickle(uri):
+            folder, _, name = uri.rpartition("/")
+            raise pickle_error(folder, [name])
+        found = f"{uri} is a file" if is_file else f"There is nothing at {uri}"
         raise StorageError(
             f"{found}. A checkpoint is a folder, or an s3:// prefix, that holds"
             f" config.json and model.safetensors or {INDEX_NAME} with its files. Models of the"

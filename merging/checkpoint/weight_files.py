@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -29,12 +29,18 @@ _MAX_FILES = 10_000  # ten times the largest published checkpoints
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 _NOT_A_MODEL = re.compile(r"(adapter|optimizer|scheduler|random_states|rng_state)")
+_PLAIN = re.compile(r"[\w.-]+")
 _NUMBERED = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M;'
     " M.from_pretrained('OLD', dtype='auto').save_pretrained('NEW', safe_serialization=True)\""
 )
+_CONVERT_FILE = (
+    'python -c "import torch; from safetensors.torch import save_file;'
+    " save_file(torch.load('{name}', map_location='cpu', weights_only=True), '{target}')\""
+)
+"""Of a file without a model around it; ``weights_only`` builds tensors and runs nothing."""
 
 
 def find_weight_files(
@@ -101,6 +107,8 @@ def _read_weight_map(storage: Storage, stat: ObjectStat) -> WeightMap:
     )
     if not weight_map:
         raise _inconsistent(stat.uri, "names no tensors.")
+    if pickles := sorted({name for name in weight_map.values() if is_pickle(name)}):
+        raise pickle_error(stat.uri.rpartition("/")[0], pickles)
     for tensor, name in weight_map.items():
         if not _is_plain_file_name(name):
             raise _inconsistent(
@@ -171,19 +179,40 @@ def _check_numbers(uri: str, names: Iterable[str]) -> None:
 
 
 def _nothing_found(uri: str, listing: Mapping[str, ObjectStat]) -> CheckpointError:
-    pickles = sorted(name for name in listing if name.endswith(_PICKLE_SUFFIXES))
-    if pickles:
-        return CheckpointError(
-            f"{uri} has its weights as pickle files ({shorten_all(pickles)}), which can run code"
-            " when they are read; they never are. Where you trust them, convert them once:"
-            f" {_CONVERT}",
-            code="unsafe_format",
-            context={"uri": uri},
-        )
+    if pickles := sorted(name for name in listing if is_pickle(name)):
+        return pickle_error(uri, pickles)
     return CheckpointError(
         f"{uri} holds no weights: expected {SINGLE_NAME}, or {INDEX_NAME} with its files. It holds"
         f" {shorten_all(sorted(listing))}.",
         code="missing_file",
+        context={"uri": uri},
+    )
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file, by its name, holds pickled weights, or is the index of such files."""
+    return name.removesuffix(".index.json").endswith(_PICKLE_SUFFIXES)
+
+
+def pickle_error(uri: str, names: Sequence[str], target: str | None = None) -> CheckpointError:
+    """The refusal of pickled weights, with the safe way to convert them.
+
+    Args:
+        uri: Address of the model.
+        names: Of its files.
+        target: What a file becomes that is not loaded as a whole model.
+    """
+    is_model = any(name.startswith("pytorch_model") for name in names)
+    if is_model and target is None:
+        advice = f"convert them once: {_CONVERT}"
+    else:
+        name = names[0] if _PLAIN.fullmatch(names[0]) else "OLD"  # it goes into a shell
+        told = {"name": name, "target": target or SINGLE_NAME}
+        advice = f"convert them once, in their folder: {_CONVERT_FILE.format(**told)}"
+    return CheckpointError(
+        f"{uri} has its weights as pickle files ({shorten_all(names)}), which can run code when"
+        f" they are read; they never are. Where you trust them, {advice}",
+        code="unsafe_format",
         context={"uri": uri},
     )
 

@@ -207,7 +207,7 @@ def test_many_faults_are_counted_and_the_first_ten_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["../model.safetensors", "a/b.safetensors", "/etc/x.safetensors", "..\\x.safetensors",
-     "s3:x.safetensors", ".safetensors", "..", "", "pytorch_model.bin", "a\n.safetensors"],
+     "s3:x.safetensors", ".safetensors", "..", "", "a\n.safetensors"],
 )  # fmt: skip
 def test_file_name_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
     edit_index(folder, model__norm__weight=name)
@@ -246,18 +246,6 @@ def test_damaged_file_is_named(folder: Path) -> None:
     error = refused(folder, "header_invalid")
     assert error.context["uri"] == f"{folder}/{THIRD}"
     assert "it is cut short" in error.detail
-
-
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth",
-             "model.pt", "model.ckpt"],
-)  # fmt: skip
-def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"\x80\x04.")
-    (tmp_path / "config.json").write_text("{}")
-    error = refused(tmp_path, "unsafe_format")
-    assert name in error.detail
-    assert "save_pretrained('NEW', safe_serialization=True)" in error.detail
 
 
 def test_pickles_beside_safetensors_are_ignored(
