@@ -64,6 +64,35 @@ class Meter:
         ).float()
 
 
+class StackMeter:
+    """The statistics of all experts of a mixture that are one parameter.
+
+    Args:
+        measure: What is measured, with the number of experts.
+        max_rows: As of each :class:`Meter`.
+        device: Likewise.
+
+    Attributes:
+        measure: What is measured.
+        experts: A meter for each.
+    """
+
+    def __init__(self, measure: Measure, max_rows: int, device: str) -> None:
+        self.measure = measure
+        self.experts = [Meter(measure, max_rows, device) for _ in range(measure.num_experts)]
+
+    def result(self) -> torch.Tensor:
+        """The flat statistics, one after the other, and behind them their numbers of rows."""
+        results = [meter.result() for meter in self.experts]
+        return torch.cat([r[:-1] for r in results] + [r[-1:] for r in results])
+
+
+def make_meter(measure: Measure, max_rows: int, device: str) -> Meter | StackMeter:
+    """What takes a measure; arguments as of :class:`Meter`."""
+    kind = StackMeter if measure.num_experts else Meter
+    return kind(measure, max_rows, device)
+
+
 class Observer:
     """Hooks on the measured modules, and the batch that is running.
 
@@ -71,16 +100,24 @@ class Observer:
         passed: The block in question has been run on this batch.
     """
 
-    def __init__(self, skeleton: Skeleton, meters: Sequence[Meter]) -> None:
+    def __init__(self, skeleton: Skeleton, meters: Sequence[Meter | StackMeter]) -> None:
         self.passed = False
         self._mask = torch.empty(0)
         self._seen: dict[Meter, torch.Tensor] = {}
         self._missing: set[str] = set()
         self._names: set[str] = set()
         self._mixtures: dict[str, Mixture] = {}
-        places = [(meter, name) for meter in meters for name in meter.measure.modules]
-        found = [skeleton.find_layer(name) for _, name in places]
-        for (meter, name), layer in zip(places, found, strict=True):
+        places: list[tuple[Meter, str, Layer]] = []
+        for meter in meters:
+            for name in meter.measure.modules:
+                if isinstance(meter, StackMeter):
+                    layers = skeleton.find_experts(name)
+                    places += [
+                        (own, name, layer) for own, layer in zip(meter.experts, layers, strict=True)
+                    ]
+                else:
+                    places.append((meter, name, skeleton.find_layer(name)))
+        for meter, name, layer in places:
             if layer.weight is None:
                 self._names.add(name)
                 self._hook(layer.module, name, meter)

@@ -156,6 +156,18 @@ class Skeleton:
             weight = self.model.get_parameter(place.parameter)[place.expert]
         return Layer(place.module, module, weight)
 
+    def find_experts(self, name: str) -> list[Layer]:
+        """The layers of all experts of a mixture, which a checkpoint has as one tensor.
+
+        Raises:
+            CheckpointError: ``index_inconsistent``: there are none.
+        """
+        place = self._places.find(name)
+        if place is None or place.expert is not None:
+            raise self._broken(f"{self._work.architecture} has no parameter {name!r}")
+        module = self.model.get_submodule(place.module)
+        return [Layer(place.module, module, w) for w in self.model.get_parameter(place.parameter)]
+
     def run(self, **inputs: torch.Tensor) -> Any:
         """What the model's ``forward`` gives of a batch, unless :class:`Done` is raised in it.
 

@@ -21,7 +21,7 @@ from torch import nn
 from merging.dtypes import torch_dtype
 from merging.errors import Cancelled, CheckpointError, NumericalError
 from merging.execute.fisher import FisherRun
-from merging.execute.measuring import Meter, Observer
+from merging.execute.measuring import Observer, make_meter
 from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
 from merging.execute.shard import ShardCounts, device_name
@@ -270,7 +270,7 @@ class _BlockRunner:
 
     def __init__(self, skeleton: Skeleton, work: StatisticsWork, device: str) -> None:
         rows = work.num_samples * work.length
-        self.meters = [Meter(measure, rows, device) for measure in work.measures]
+        self.meters = [make_meter(measure, rows, device) for measure in work.measures]
         self._skeleton = skeleton
         self._work = work
         self._device = device

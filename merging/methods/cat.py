@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from merging.method import Cost, Geometry, MergeMethod, Step, Task, TouchParameters, register
-from merging.sampled import BIAS, LINEAR, NORM, mean_cost
+from merging.sampled import BIAS, LINEAR, NORM, by_expert, held_entries, layer_of, mean_cost
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ def _add(base: torch.Tensor, total: torch.Tensor, task: Task) -> torch.Tensor:
 
 def linear_cost(geometry: Geometry, parameters: Any) -> Cost:
     """Half of what is read are statistics. Held: all updates, Q and its eigenvectors, the bases."""
-    rows, columns = geometry.matrix
+    rows, columns = layer_of(geometry).matrix
     num_experts = geometry.num_experts // 2
     pairs = 2.0 * num_experts * max(num_experts - 1, 0)
     flops = pairs * (2.0 * rows * columns**2 + 2.0 * rows**2 * columns)
@@ -269,7 +269,9 @@ def linear_cost(geometry: Geometry, parameters: Any) -> Cost:
     count = parameters.directions
     width = min(count, rows) if isinstance(count, int) else rows
     entries = (num_experts + 4) * rows * columns + 12 * rows**2 + num_experts * rows * width
-    return Cost(flops, _FLOAT_BYTES * (entries + columns**2))
+    layers = geometry.shape[0] if len(geometry.shape) > 2 else 1
+    held = columns**2 + held_entries(geometry)
+    return Cost(layers * flops, _FLOAT_BYTES * (entries + held))
 
 
 def vector_cost(geometry: Geometry, _: Any) -> Cost:
@@ -291,7 +293,9 @@ register(
         cost=mean_cost,
         parameters=CatParameters,
         calibrated={
-            LINEAR: Step(merge=merge_linear, cost=linear_cost, separable="whole", flat=True),
+            LINEAR: Step(
+                merge=by_expert(merge_linear), cost=linear_cost, separable="whole", flat=True
+            ),
             NORM: Step(merge=merge_norm, cost=vector_cost, separable="whole", flat=True),
             BIAS: Step(merge=merge_bias, cost=vector_cost, separable="whole", flat=True),
         },

@@ -42,7 +42,7 @@ from merging.method import (
     Task,
     register,
 )
-from merging.sampled import LINEAR, NORM, features_cost, mean_cost, norm_cost
+from merging.sampled import LINEAR, NORM, by_expert, features_cost, mean_cost, norm_cost
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ register(
         parameters=LotParameters,
         calibrated={
             LINEAR: Step(
-                merge=merge_linear,
+                merge=by_expert(merge_linear),
                 cost=features_cost,
                 separable="whole",
                 streaming=True,

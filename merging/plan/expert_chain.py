@@ -171,7 +171,7 @@ class ExpertChain:
             shapes.append((IDS, self._hidden_shape[:2], "I32"))
         if leaves:
             shapes.append((HIDDEN, self._hidden_shape, "F32"))
-        shapes += [(m.modules[0], (self._entries(m) + 1,), "F32") for m in measured]
+        shapes += [(m.name, (self._entries(m) + (m.num_experts or 1),), "F32") for m in measured]
         if not shapes:
             return {}
         sample_work, files = self._sample_files() if block < 0 else (None, ())
@@ -260,6 +260,7 @@ class ExpertChain:
         """What is measured among these tensors, and under which name for each of them."""
         modules: dict[tuple[str, ...], list[str]] = {}
         kinds: dict[tuple[str, ...], tuple[str, int]] = {}
+        stacks: list[Measure] = []
         rows = self._hidden_shape[0] * self._hidden_shape[1]
         for entry in entries:
             step = self._measured.get(entry.name)
@@ -267,6 +268,10 @@ class ExpertChain:
                 continue
             role = role_of(self._index, entry)
             module = entry.name.removesuffix(".weight")
+            if len(entry.shape) == 3:
+                kind = "rows" if rows < entry.shape[2] else "gram"
+                stacks.append(Measure(kind, entry.shape[2], (entry.name,), entry.shape[0]))
+                continue
             width = entry.shape[0] if role.transposed or step == NORM else entry.shape[1]
             kind = "norm" if step == NORM else "rows" if rows < width else "gram"
             key: tuple[str, ...] = (module,)
@@ -276,13 +281,15 @@ class ExpertChain:
             kinds[key] = (kind, width)
         measures = [Measure(*kinds[key], tuple(names)) for key, names in modules.items()]
         made = {f"{m}.weight": names[0] for names in modules.values() for m in names}
-        return measures, made
+        made |= {stack.modules[0]: stack.name for stack in stacks}
+        return measures + stacks, made
 
     def _entries(self, measure: Measure) -> int:
+        num_experts = measure.num_experts or 1
         if measure.kind == "gram":
-            return measure.width**2
+            return num_experts * measure.width**2
         if measure.kind == "rows":
-            return self._hidden_shape[0] * self._hidden_shape[1] * measure.width
+            return num_experts * self._hidden_shape[0] * self._hidden_shape[1] * measure.width
         return measure.width
 
     def _read_samples(self, settings: CalibrationSettings, pointer: str) -> Samples | Images:

@@ -11,6 +11,7 @@ expert's samples to go on: three shards, or rows of such, that wait for each oth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -24,11 +25,12 @@ from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import Problem, Source
 from merging.plan.problems import ProblemBuilder
-from merging.plan.runnable import unfit
+from merging.plan.runnable import hidden_width, unfit
 from merging.recipe import Recipe
 from merging.sampled import BIAS, FISHER, LINEAR, NORM
 from merging.storage.base import Storage
 
+_EXPERTS = re.compile(r"mlp\.experts\.(gate|up|gate_up|down)")
 _LINEAR = ("attention.", "mlp.", "router", "other", "projection")
 
 
@@ -64,7 +66,8 @@ def add_statistics(
     faults = [f for expert in inputs.experts for f in unfit(expert)]
     if faults:
         raise RecipeError(faults[0].detail, code=faults[0].code, faults=faults)
-    wanted = _wanted(problems, inputs.method, stages)
+    width = hidden_width(inputs.experts[0].index) or 0
+    wanted = _wanted(problems, inputs.method, stages, width)
     is_kept = options.statistics_uri is not None and not inputs.method.sequential
     measuring = Measuring(
         measured=_measured(problems, wanted, recipe, is_kept=is_kept),
@@ -142,20 +145,25 @@ def _with_statistics(
 
 
 def _wanted(
-    problems: Sequence[Problem], method: MergeMethod, stages: Intermediates
+    problems: Sequence[Problem], method: MergeMethod, stages: Intermediates, width: int
 ) -> dict[str, str]:
     """Tensors that a step of the method merges, with its name."""
     wanted = {}
     for problem in problems:
         if stages.method(problem) is method:
-            step = FISHER if FISHER in method.calibrated else _step(problem)
+            step = FISHER if FISHER in method.calibrated else _step(problem, width)
             if step in method.calibrated:
                 wanted[problem.tensor_name] = step
     return wanted
 
 
-def _step(problem: Problem) -> str:
-    """The step for a tensor, if the method has it; "" for one without a rule."""
+def _step(problem: Problem, width: int = 0) -> str:
+    """The step for a tensor, if the method has it; "" for one without a rule.
+
+    Args:
+        problem: Makes the tensor.
+        width: Of the model's hidden states, by which experts that are stored in×out are told.
+    """
     is_weight = problem.tensor_name.endswith(".weight")
     if problem.role == "bias" and len(problem.shape) == 1:
         return BIAS
@@ -163,6 +171,9 @@ def _step(problem: Problem) -> str:
         return NORM
     if is_weight and len(problem.shape) == 2 and problem.role.startswith(_LINEAR):
         return LINEAR
+    if len(problem.shape) == 3 and _EXPERTS.fullmatch(problem.role):
+        columns = problem.shape[1 if problem.role.endswith("down") else 2]
+        return LINEAR if columns == width else ""
     return ""
 
 

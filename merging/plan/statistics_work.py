@@ -55,11 +55,19 @@ class Measure(msgspec.Struct, frozen=True):
         width: Of an input; of ``fisher`` the entries of a tensor.
         modules: By name; all read the same input, that of the first is measured. Of ``fisher`` the
             name of a tensor.
+        num_experts: The module is a parameter that holds the layers of as many experts of a
+            mixture (E×O×I): the statistics of all, one after the other, then their counts.
     """
 
     kind: str
     width: int
     modules: tuple[str, ...]
+    num_experts: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the result: no name of a tensor."""
+        return f"{self.modules[0]}.inputs" if self.num_experts else self.modules[0]
 
 
 class SampleWork(msgspec.Struct, frozen=True):

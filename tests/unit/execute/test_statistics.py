@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merging.errors import CheckpointError, PlanError, RecipeError
 from merging.execute.measuring import FEWEST_ROUTED_ROWS
@@ -335,3 +335,51 @@ def test_experts_of_mixtures_are_merged_one_by_one(tmp_path: Path, method: str) 
         updates = torch.stack([expert[name] - base[name] for expert in experts])
         plain = base[name] + (updates.sum(0) * 0.4 if method == "cat" else updates.mean(0))
         assert torch.allclose(merged[name], plain, atol=1e-5) == (not any(own))
+
+
+def fuse_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Mixtral as the model itself has it: the experts of a block in two tensors."""
+    fused = {n: t for n, t in tensors.items() if ".experts." not in n}
+    for block in range(3):
+        experts = f"model.layers.{block}.block_sparse_moe.experts"
+        up, down = [], []
+        for number in range(3):
+            gate_proj, down_proj, up_proj = (
+                tensors[f"{experts}.{number}.{part}.weight"] for part in ("w1", "w2", "w3")
+            )
+            up.append(torch.cat([gate_proj, up_proj]))
+            down.append(down_proj)
+        fused[f"{experts}.gate_up_proj"] = torch.stack(up)
+        fused[f"{experts}.down_proj"] = torch.stack(down)
+    return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in fused.items()}
+
+
+@pytest.mark.parametrize("method", ["lot", "cat", "regmean"])
+def test_experts_in_one_tensor_are_merged_as_those_by_themselves(
+    tmp_path: Path, method: str
+) -> None:
+    models = write_models(tmp_path / "models", "mixtral", 2)
+    fused = [tmp_path / "fused" / model.name for model in models]
+    for path, model in zip(fused, models, strict=True):
+        path.mkdir(parents=True)
+        (path / "config.json").write_bytes((model / "config.json").read_bytes())
+        save_file(fuse_experts(load_merged(model)), path / "model.safetensors", {"format": "pt"})
+    run_plan(plan_of(calibrated_recipe(models, method), tmp_path / "apart"), open_storage())
+    plan = plan_of(calibrated_recipe(fused, method), tmp_path / "together")
+    report = run_plan(plan, open_storage())
+    assert report["bytes_read"] == plan.totals.bytes_read
+    expected = fuse_experts(load_merged(tmp_path / "apart"))
+    merged = load_merged(tmp_path / "together")
+    assert merged.keys() == expected.keys()
+    first, second = (load_merged(path) for path in fused[1:])
+    for name, tensor in merged.items():
+        if method == "lot" or "experts" not in name:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+        elif method == "regmean":  # which merges matrices
+            torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)
+    if method != "regmean":
+        rows = {t["name"]: t.get("rows") for t in report["tensors"]}
+        told = rows["model.layers.0.mlp.experts.down_proj"]
+        assert [len(of_models) for of_models in told] == [2, 2, 2]
+        assert any(map(any, told))
+        assert any("of the mixture: " in text for text in report["warnings"])
