@@ -275,7 +275,8 @@ class Staged:
         finish: Merges a tensor, from what the method gets.
         group: From recipe-level and expert parameters, tensors of which settings are reduced
             together; None for a tensor by itself, which is staged only if the method's own function
-            needs more memory than there is.
+            needs more memory than there is, and ``takes_alone`` says of its parameters that the
+            result is the same.
         keeps_map: ``finish`` gets, in place of the experts, as many entries of the last map's
             result as the tensor has; the others come last in ``task.given``.
     """
@@ -283,6 +284,7 @@ class Staged:
     reductions: tuple[Reduction, ...]
     finish: Step
     group: Callable[[Any, Sequence[Any]], Any]
+    takes_alone: Callable[[Any], bool] = lambda _: True
     keeps_map: bool = False
 
     def steps(self) -> dict[str, Step]:

@@ -37,6 +37,21 @@ class TaskArithmeticParameters(TaskVectorParameters):
         default=False,
         description="Divide the sum by the sum of the weights: the mean task vector, not the sum.",
     )
+    rescale: bool = Field(
+        default=False,
+        description="Accepted for mergekit recipes; changes nothing, since nothing is dropped.",
+    )
+
+
+class TaskArithmeticExpertParameters(WeightParameters):
+    """Parameters of an expert."""
+
+    density: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Accepted for mergekit recipes; changes nothing, since nothing is dropped.",
+    )
 
 
 def merge_task_arithmetic(
@@ -78,7 +93,7 @@ register(
         merge=merge_task_arithmetic,
         cost=task_arithmetic_cost,
         parameters=TaskArithmeticParameters,
-        expert_parameters=WeightParameters,
+        expert_parameters=TaskArithmeticExpertParameters,
         rounds=True,
     )
 )

@@ -17,9 +17,9 @@ Cost: a selection and 12 E N flops for E experts of N entries; E + 5 blocks of s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from merging.method import (
     Cost,
@@ -44,7 +44,7 @@ from merging.thresholds import (
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.sparsify import KeepFromThresholds
+    from merging.ops.task_vectors import Sparsify
 
 
 class TiesParameters(TaskVectorParameters):
@@ -65,6 +65,22 @@ class TiesParameters(TaskVectorParameters):
             " density. Reads the models three times."
         ),
     )
+    rescale: bool = Field(
+        default=False,
+        description=(
+            "Scale what is left of each task vector to the L1 norm that it had in the tensor; not"
+            " with a global scope."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_scope(self) -> Self:
+        if self.rescale and self.scope == "global":
+            raise ValueError(
+                "'rescale' restores the norm of each tensor, which a global scope changes on"
+                " purpose: leave one of them out"
+            )
+        return self
 
 
 class TiesExpertParameters(WeightParameters):
@@ -85,11 +101,16 @@ def merge_ties(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor."""
+    from merging.ops.bands import RestoreNorms
     from merging.ops.sparsify import KeepLargest
 
     assert base is not None
     tensors = list(experts)
-    return _merge_trimmed(base, tensors, task, KeepLargest(base, tensors, own_densities(task)))
+    keep = KeepLargest(base, tensors, own_densities(task))
+    if not task.parameters.rescale:
+        return _merge_trimmed(base, tensors, task, keep)
+    scaled = RestoreNorms(base, tensors, keep.afresh, work_dtype((base, *tensors)))
+    return _merge_trimmed(base, tensors, task, scaled)
 
 
 def finish_ties(
@@ -107,7 +128,7 @@ def _merge_trimmed(
     base: torch.Tensor,
     experts: Sequence[torch.Tensor],
     task: Task,
-    keep: KeepFromThresholds,
+    keep: Sparsify,
 ) -> torch.Tensor:
     from merging.ops.task_vectors import combine_task_vectors
 
@@ -125,10 +146,9 @@ def _merge_trimmed(
 
 def ties_cost(geometry: Geometry, parameters: TiesParameters) -> Cost:
     """Selection looks at each magnitude a few times; the rest is a dozen operators per entry."""
-    del parameters
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
-        flops=20.0 * num_experts * num_entries,
+        flops=(30.0 if parameters.rescale else 20.0) * num_experts * num_entries,
         workspace_bytes=num_entries // 4 + geometry.block_bytes(num_buffers=num_experts + 9),
     )
 
@@ -162,6 +182,7 @@ register(
             reductions=THRESHOLDS.reductions(),
             finish=Step(merge=finish_ties, cost=_finish_cost, rounds=True),
             group=group_by_density,
+            takes_alone=lambda parameters: not parameters.rescale,
         ),
     )
 )

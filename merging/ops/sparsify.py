@@ -32,6 +32,10 @@ class KeepFromThresholds:
         size = min(block_size(like.device), like.numel())
         self._scratch = torch.empty((2, size), dtype=like.dtype, device=like.device)
 
+    def afresh(self) -> KeepFromThresholds:
+        """The same for another pass over the tensors; to be taken before the first."""
+        return KeepFromThresholds(self._thresholds, self._ties_left, self._scratch[0])
+
     def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
         """Zero the entries of a block that are not kept; blocks must come in order."""
         if self._thresholds[expert] > 0:

@@ -75,9 +75,14 @@ class Staging:
             key = keys[problem.setting]
             if key is not None:
                 groups.setdefault(repr(key), []).append(place)
-            elif not (self._stages.budgets.hold(problem) or is_double(problem)):
+            elif self._is_too_large(method.staged, problem):
                 groups[f"alone {place}"] = [place]
         return list(groups.values())
+
+    def _is_too_large(self, staged: Staged, problem: Problem) -> bool:
+        """Whether a tensor by itself has to take several passes, and may."""
+        is_held = self._stages.budgets.hold(problem) or is_double(problem)
+        return not is_held and staged.takes_alone(self._stages.parameters(problem))
 
     def _key(self, method: MergeMethod, staged: Staged, problem: Problem) -> Any:
         experts = self._stages.expert_parameters(problem)

@@ -148,6 +148,11 @@ CASES = [
     ),
     Case("base listed with weight", _recipe("task_arithmetic", _models(*WEIGHTS, base=True))),
     Case("ties", _recipe("ties", _models(*SPARSE))),
+    Case("ties, rescaled", _recipe("ties", _models(*SPARSE), rescale=True), ROUNDING),
+    Case(
+        "task_arithmetic, density and rescale",
+        _recipe("task_arithmetic", _models(*SPARSE), rescale=True),
+    ),
     Case("ties, sum", _recipe("ties", _models(*SPARSE), normalize=False)),
     Case(
         "ties, density by filter",

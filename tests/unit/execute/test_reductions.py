@@ -174,6 +174,16 @@ def test_what_does_not_fit_in_tiles_either_is_refused(
         )
 
 
+def test_what_tiles_cannot_rescale_is_refused_where_it_does_not_fit(
+    families: dict[torch.dtype, Family], storage: Storage, tmp_path: Path
+) -> None:
+    document = parse_recipe(recipe(families[torch.float32], "ties", rescale=True, density=0.5))
+    with pytest.raises(PlanError, match="bytes of host memory"):
+        make_plan(
+            document, storage, MergeOptions(memory_budget=SMALL_BUDGET), str(tmp_path / "out")
+        )
+
+
 def test_tensors_of_other_densities_have_thresholds_of_their_own(
     families: dict[torch.dtype, Family], storage: Storage, tmp_path: Path
 ) -> None:

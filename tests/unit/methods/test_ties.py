@@ -77,3 +77,15 @@ def test_float64_is_kept() -> None:
     merged = merge("ties", base, experts, {}, _settings())
     expected = oracle.ties(base, experts, WEIGHTS, DENSITIES)
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-14)
+
+
+def test_rescaled_task_vectors_have_the_norm_that_they_had() -> None:
+    base, experts = make_models((31, 17), 1, dtype=torch.bfloat16, base_rms=0)
+    merged = merge("ties", base, experts, {"rescale": True}, {"density": 0.3})
+    assert int(merged.count_nonzero()) == int(0.3 * base.numel())
+    np.testing.assert_allclose(merged.abs().sum(), experts[0].float().abs().sum(), rtol=1e-5)
+
+
+def test_rescaling_goes_with_tensors_alone() -> None:
+    with pytest.raises(ValueError, match="leave one of them out"):
+        merge("ties", torch.zeros(3), [torch.ones(3)], {"rescale": True, "scope": "global"})
