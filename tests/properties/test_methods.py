@@ -35,6 +35,7 @@ NOT_THE_EXPERT = {
     "ramplus_tl": DROPS,
     "pcb": DROPS,
     "doge": "gives every expert the same norm",
+    "robust_merge": DROPS,
 }
 """Methods with which one expert, by default, is not the result."""
 

@@ -456,3 +456,27 @@ def svc(update: np.ndarray, vectors: Sequence[np.ndarray], alpha: float) -> np.n
             shares.append(max(alpha, (u @ update) @ (u @ T) / square) if is_there else alpha)
         factors[r] = len(vectors) / sum(shares)
     return U @ np.diag(S * factors) @ Vt
+
+
+def robust_merge(
+    factors: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    density: float,
+    quantile: float,
+    gain: float,
+) -> np.ndarray:
+    """B A of factors of one rank, trimmed and weighed by what the trim took."""
+
+    def keep(M: np.ndarray) -> np.ndarray:
+        smallest = np.sort(np.abs(M), axis=None)[max(1, int(M.size * (1 - density))) - 1]
+        return np.where(np.abs(M) >= smallest, M, 0)
+
+    worth = []
+    for _, A in factors:
+        own = np.abs(A).sum(axis=1) / np.abs(keep(A)).sum(axis=1)
+        worth.append(np.maximum(own, np.sort(own)[int(len(own) * quantile)]))
+    merged_A = gain * sum(keep(A) for _, A in factors)
+    merged_B = (
+        gain * sum(keep(B) * w for (B, _), w in zip(factors, worth, strict=True)) / sum(worth)
+    )
+    return merged_B @ merged_A

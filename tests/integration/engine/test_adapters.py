@@ -79,9 +79,9 @@ TAKE_ADAPTERS = {name for name, method in all_methods().items() if not method.ca
 TOLERANCES = {"arcee_fusion": 0.1, "consensus_ties": 0.1, "pcb": 0.1}
 """Methods that choose entries by a threshold may choose single ones otherwise."""
 
-DECIDED_BY_ROUNDING = {"tsv_m", "iso_cts"}
+DECIDED_BY_ROUNDING = {"tsv_m", "iso_cts", "robust_merge"}
 """Of task vectors of low rank that are stored as whole weights, these use directions that only
-rounding tells; of an adapter, TSV-M uses none."""
+rounding tells, of an adapter, TSV-M uses none; or factors, which an adapter has of its own."""
 
 
 @pytest.mark.parametrize("method", sorted(TAKE_ADAPTERS - DECIDED_BY_ROUNDING))
