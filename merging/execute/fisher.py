@@ -62,11 +62,11 @@ class FisherRun:
             self._skeleton.load(weight.name, read().view(weight.shape))
         if self._back.is_tied and self._runs_head:
             self._skeleton.tie_head()
-        measured = [self._skeleton.parameter(measure.modules[0]) for measure in work.measures]
-        self._parameters = [parameter for parameter in measured if parameter is not None]
         self._sums = [torch.zeros(measure.width, device=device) for measure in work.measures]
-        self._places = [n for n, parameter in enumerate(measured) if parameter is not None]
-        for parameter in self._parameters:
+        self._places = [self._skeleton.place(measure.modules[0]) for measure in work.measures]
+        names = dict.fromkeys(place.parameter for place in self._places if place is not None)
+        self._parameters = {name: self._skeleton.model.get_parameter(name) for name in names}
+        for parameter in self._parameters.values():
             parameter.requires_grad_()
         self._part = _Part(self._skeleton, work)
 
@@ -114,12 +114,15 @@ class FisherRun:
         if self._runs_head:
             ends.append(self._likelihood(self._part.logits(tokens, hidden), tokens, number))
             behind.append(None)
-        before, *own = torch.autograd.grad(
-            ends, [hidden, *self._parameters], behind, allow_unused=True
+        before, *found = torch.autograd.grad(
+            ends, [hidden, *self._parameters.values()], behind, allow_unused=True
         )
-        for place, gradient in zip(self._places, own, strict=True):
-            if gradient is not None:
-                self._sums[place].addcmul_(gradient.reshape(-1), gradient.reshape(-1))
+        gradients = dict(zip(self._parameters, found, strict=True))
+        for place, total in zip(self._places, self._sums, strict=True):
+            gradient = gradients[place.parameter] if place is not None else None
+            if place is not None and gradient is not None:
+                own = place.of(gradient).reshape(-1)
+                total.addcmul_(own, own)
         return before
 
     def _likelihood(self, logits: torch.Tensor, tokens: torch.Tensor, number: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -43,6 +44,13 @@ class Place:
         if self.expert is None:
             return whole
         return (whole[1] // self.num_parts, *whole[2:])
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The tensor's share of the parameter, or of its gradient: a view."""
+        if self.expert is None:
+            return whole
+        rows = whole.shape[1] // self.num_parts
+        return whole[self.expert].narrow(0, self.part * rows, rows)
 
 
 class Places:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from merging.errors import CheckpointError, WorkerError
-from merging.execute.places import Places
+from merging.execute.places import Place, Places
 from merging.plan.statistics_work import StatisticsWork
 
 _BUILDING = threading.Lock()
@@ -98,15 +98,11 @@ class Skeleton:
         if place.parameter not in self._stacked:
             self._stacked[place.parameter] = torch.zeros(whole, device=self._device)
             self._set(place.parameter, self._stacked[place.parameter])
-        rows = len(tensor)
-        self._stacked[place.parameter][place.expert].narrow(0, place.part * rows, rows).copy_(
-            tensor
-        )
+        place.of(self._stacked[place.parameter]).copy_(tensor)
 
-    def parameter(self, name: str) -> nn.Parameter | None:
-        """The parameter that a checkpoint calls so; None for what the model computes anew."""
-        place = self._places.find(name)
-        return None if place is None else self.model.get_parameter(place.parameter)
+    def place(self, name: str) -> Place | None:
+        """Where the tensor is that a checkpoint calls so; None of what the model computes anew."""
+        return self._places.find(name)
 
     def tie_head(self) -> None:
         """Give the head the embedding's weight.

@@ -89,18 +89,16 @@ def add_fisher(
 
 
 def _unfit(expert: Expert) -> list[Fault]:
-    """Why an expert has no likelihood of tokens, or no gradients, that this version finds."""
+    """Why an expert has no likelihood of tokens, if it has none."""
     index = expert.index
-    if architecture(index) not in causal_architectures():
-        what = (
-            f"is a {architecture(index)}, which predicts no next tokens: there is no likelihood to"
-            " take the Fisher information of. Merge causal language models, or use another method."
-        )
-    elif any("experts" in role_of(index, entry).kind for entry in index.tensors.values()):
-        what = "is a mixture of experts, through which this version does not go back."
-    else:
+    if architecture(index) in causal_architectures():
         return []
-    return [Fault(expert.pointer, "incompatible_options", f"{index.uri} {what}")]
+    detail = (
+        f"{index.uri} is a {architecture(index)}, which predicts no next tokens: there is no"
+        " likelihood to take the Fisher information of. Merge causal language models, or use"
+        " another method."
+    )
+    return [Fault(expert.pointer, "incompatible_options", detail)]
 
 
 class FisherChain(ExpertChain):
