@@ -106,6 +106,24 @@ class Receipt(msgspec.Struct, frozen=True):
         )
 
 
+def describe_statistics(receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
+    """What was measured on samples, for each model and its samples.
+
+    ``blocks`` counts files of statistics, ``reused`` those of an earlier merge.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for receipt in receipts:
+        told = receipt.problems[0].figures if receipt.problems else {}
+        if "sample_digest" not in told:
+            continue
+        names = ("model", "samples", "tokens", "sample_digest")
+        fresh = {name: told[name] for name in names} | {"blocks": 0, "reused": 0}
+        one = found.setdefault((told["model"], told["sample_digest"]), fresh)
+        one["blocks"] += 1
+        one["reused"] += receipt.reused
+    return list(found.values())
+
+
 def receipt_uri(output_uri: str, plan_digest: str, file_name: str) -> str:
     """Address of one receipt."""
     return f"{workspace_uri(output_uri, plan_digest)}/{file_name}.json"

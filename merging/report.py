@@ -18,7 +18,7 @@ from merging.method import get_method
 from merging.plan.plan import Plan, Problem
 from merging.plan.timing import shard_seconds
 from merging.plan.wording import shorten_list
-from merging.receipts import ProblemFigures, Receipt
+from merging.receipts import ProblemFigures, Receipt, describe_statistics
 
 REPORT_NAME = "merge_report.json"
 SWEEP_REPORT_NAME = "sweep_report.json"
@@ -113,6 +113,7 @@ def _work(plan: Plan, receipts: Sequence[Receipt]) -> dict[str, Any]:
         "busy_seconds": _sum_seconds(receipt.busy_seconds for receipt in receipts),
         "estimate": _estimate(plan, receipts),
         "peak_buffer_bytes": max((r.peak_buffer_bytes for r in receipts), default=0),
+        "statistics": describe_statistics(intermediate),
         "devices": sorted({receipt.device for receipt in receipts}),
         "workers": sorted({receipt.worker for receipt in receipts}),
     }

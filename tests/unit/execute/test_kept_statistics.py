@@ -15,6 +15,7 @@ from merging.local_run import run_plan
 from merging.options import MergeOptions
 from merging.plan.plan import Plan, file_uri
 from merging.plan.planner import make_plan
+from merging.publish import read_report
 from merging.receipts import Receipt
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
@@ -73,6 +74,13 @@ class Place:
     def bytes(self, name: str) -> dict[str, bytes]:
         return weight_bytes(self._folder / name)
 
+    def report(self, name: str) -> dict[str, Any]:
+        return read_report(open_storage(), str(self._folder / name))
+
+    def experts(self) -> list[dict[str, Any]]:
+        """As the report of the first merge has them."""
+        return [item for item in self.report("first")["inputs"] if item["role"] == "expert"]
+
     def alone(self, name: str, **calibration: Any) -> dict[str, bytes]:
         """What the merge makes without anything kept."""
         document = calibrated_recipe(self._models, **calibration)
@@ -101,6 +109,14 @@ def test_a_second_merge_reads_no_expert_and_runs_none(place: Place, forwards: li
         assert receipt.sha256 == first[index].sha256
         assert receipt.problems == first[index].problems
     assert place.bytes("second") == place.bytes("first") == place.alone("alone")
+    told = [place.report(name)["statistics"] for name in ("first", "second")]
+    assert [[(one["blocks"], one["reused"]) for one in own] for own in told] == [
+        [(4, 0)] * 2,
+        [(4, 4)] * 2,
+    ]
+    assert {one["samples"] for own in told for one in own} == {5}
+    assert {one["tokens"] for own in told for one in own} == {29}
+    assert [one["model"] for one in told[0]] == [item["uri"] for item in place.experts()]
 
 
 def test_another_method_takes_over_the_same(place: Place, forwards: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from merging.errors import MergeError
@@ -69,8 +70,20 @@ def test_a_new_runner_goes_on_in_the_second_stage(bench: Bench) -> None:
     assert runner.pool.indexes(job.id) == [3, 4, 5]
 
 
+@pytest.mark.parametrize("folder", ["", "mem://kept"])
 @pytest.mark.parametrize("loss", ["deleted", "overwritten"])
-def test_an_made_file_that_is_lost_is_made_again(bench: Bench, loss: str) -> None:
+def test_an_made_file_that_is_lost_is_made_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, loss: str, folder: str
+) -> None:
+    """Also where it was kept for other jobs, one of which replaced it, or whoever removes them."""
+    plan = steps.make_plan
+
+    def keep(*arguments: Any) -> Plan:
+        made = plan(*arguments)
+        kept = (msgspec.structs.replace(s, folder=folder) for s in made.shards[:FIRST])
+        return msgspec.structs.replace(made, shards=(*kept, *made.shards[FIRST:]))
+
+    monkeypatch.setattr(steps, "make_plan", keep)
     job = bench.submit()
     lost: list[int] = []
 
