@@ -65,8 +65,13 @@ def adapter_shard(problems: Sequence[Problem], index: int) -> Shard:
     return make_shard(index, WEIGHTS_NAME, problems, kind="weights")
 
 
-def check_adapter_output(recipe: Recipe, inputs: Inputs) -> None:
+def check_adapter_output(recipe: Recipe, inputs: Inputs, *, has_own_tokens: bool) -> None:
     """Refuse recipes whose result is no adapter.
+
+    Args:
+        recipe: A checked recipe.
+        inputs: Its checkpoints.
+        has_own_tokens: The vocabulary is not that of the base model.
 
     Raises:
         RecipeError: ``incompatible_options``, with a fault for each reason.
@@ -80,6 +85,8 @@ def check_adapter_output(recipe: Recipe, inputs: Inputs) -> None:
     for key in ("sweep", "slices", "modules"):
         if getattr(recipe, key):
             refuse(f"/{key}", f"A recipe with {key!r} cannot be written as an adapter.")
+    if has_own_tokens and recipe.tokenizer is not None:
+        refuse(recipe.tokenizer.pointer, "An adapter has the vocabulary of its base model.")
     if not method.takes_adapters or not method.needs_base:
         refuse("/merge_method", _no_update(method.name))
     for expert in inputs.experts:

@@ -19,6 +19,7 @@ import msgspec
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import ITEM_SIZE
 from merging.errors import Fault, RecipeError
+from merging.method import MergeMethod
 from merging.plan.cost import ROW_MULTIPLE, Budgets
 from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
@@ -26,6 +27,7 @@ from merging.plan.plan import ALIGN, Problem, Setting, Source
 from merging.plan.problems import ProblemBuilder, promote
 from merging.plan.vocabulary import RowTable, Run, Vocabulary
 from merging.plan.wording import shorten_list
+from merging.sampled import FISHER
 
 _WORKING_BYTES = 8
 """Of an entry while it is worked on: a float32 or float64 number."""
@@ -89,12 +91,24 @@ def align(
 
     Raises:
         RecipeError: ``incompatible_options``: a token that is to be taken from a model that lacks
-            it, or an adapter that changes rows that have to be moved.
+            it, an adapter that changes rows that have to be moved, or a method that runs merged
+            embeddings on an expert's tokens, or measures each of its rows.
     """
+    _check_method(inputs.method)
     alignment = _Alignment(vocabulary, builder, stages, warnings)
     for section in inputs.sections:
         alignment.add(section)
     return alignment.finish()
+
+
+def _check_method(method: MergeMethod) -> None:
+    if method.sequential or FISHER in method.calibrated:
+        detail = (
+            f"{method.name} needs models of one vocabulary: its samples are in the tokens of each"
+            " expert, and it looks at merged embeddings or at single rows."
+        )
+        fault = Fault("/merge_method", "incompatible_options", detail)
+        raise RecipeError(detail, code="incompatible_options", faults=[fault])
 
 
 class _Alignment:

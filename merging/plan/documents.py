@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from merging.errors import MergeError, RecipeError
+from merging.errors import Fault, MergeError, RecipeError
 from merging.options import MergeOptions
 from merging.plan.made import MadeStorage
 from merging.plan.packing import made_file
@@ -36,10 +36,10 @@ def plan_documents(
     for number, document in enumerate((*recipe.documents, last), 1):
         try:
             plan = made.resolve(plan_one(document, made, options, output_uri))
+            is_last = document is last
+            joined.add(plan, document, "" if is_last else f"document-{number:02d}-")
         except MergeError as error:
             raise _within(document.pointer, error) from error
-        is_last = document is last
-        joined.add(plan, document, "" if is_last else f"document-{number:02d}-")
         if document.name is not None and not is_last:
             made.add(document.name, plan)
     return joined.plan(recipe)
@@ -131,11 +131,12 @@ class _Joined:
             return file
         companion = self._made.original(file.uri)
         if companion is None:
-            raise RecipeError(
+            detail = (
                 f"{file.uri} is read before it is written: samples for a result of another document"
-                " have to be tokens.",
-                code="incompatible_options",
+                " whose tokenizer is changed have to be tokens."
             )
+            fault = Fault("/calibration", "incompatible_options", detail)
+            raise RecipeError(detail, code="incompatible_options", faults=[fault])
         return SourceFile(companion.source_uri, file.size, companion.version)
 
     def _moved(self, problem: Problem, first_file: int) -> Problem:

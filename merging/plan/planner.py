@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
     problems = builder.build(tensors)
     as_adapter = None
     if options.adapter_rank is not None:
-        check_adapter_output(recipe, inputs)
+        check_adapter_output(recipe, inputs, has_own_tokens=vocabulary is not None)
         as_adapter = adapter_output(problems, stages, builder, inputs, options.adapter_rank)
         problems = as_adapter.problems
     if variants or len(inputs.slices) > 1:

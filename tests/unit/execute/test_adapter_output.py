@@ -228,3 +228,16 @@ def test_whole_models_and_saved_modules_are_refused_by_expert(
     with pytest.raises(RecipeError, match=r"model\.norm\.weight") as caught:
         merge(family.recipe("tsv_m", family.adapters), tmp_path / "out", adapter_rank=0)
     assert [fault.pointer for fault in caught.value.faults] == ["/models/1/model"]
+
+
+def test_vocabularies_and_documents_are_no_part_of_an_adapter(
+    tmp_path: Path, family: AdapterFamily
+) -> None:
+    recipe = family.recipe("tsv_m", family.adapters)
+    with pytest.raises(RecipeError) as caught:
+        merge(
+            {"documents": [{**recipe, "name": "x"}, {**recipe, "base_model": "x"}]},
+            tmp_path / "out",
+            adapter_rank=0,
+        )
+    assert caught.value.faults[0].pointer == "/documents"

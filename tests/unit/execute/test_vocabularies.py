@@ -17,6 +17,7 @@ from merging.plan.plan import ALIGN, Plan
 from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
+from tests.support.adapters import factors, write_adapter
 from tests.support.merges import load_merged
 from tests.support.tokenizers import write_model
 
@@ -296,3 +297,42 @@ def test_slices_align_the_models_that_give_their_ends(
         zeros = torch.zeros(16)
         assert torch.equal(merged[EMBEDDING][number], base.get(token, zeros))
         assert torch.equal(merged[HEAD][number], code.get(token, zeros))
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean_plus_plus"])
+def test_methods_that_look_at_merged_embeddings_need_one_vocabulary(
+    tmp_path: Path, models: dict[str, State], method: str
+) -> None:
+    recipe = {
+        "merge_method": method,
+        "models": [{"model": "@chat"}, {"model": "@code"}],
+        "calibration": {"data": [[1, 2, 3]]},
+        "tokenizer_source": "union",
+    }
+    with pytest.raises(RecipeError, match="one vocabulary") as caught:
+        merge(tmp_path, recipe)
+    assert caught.value.faults[0].pointer == "/merge_method"
+
+
+def test_adapters_on_a_model_start_from_its_rows_in_the_new_order(
+    tmp_path: Path, models: dict[str, State]
+) -> None:
+    parts = factors("model.layers.0.mlp.up_proj", 32, 16, 2, torch.Generator().manual_seed(0))
+    write_adapter(tmp_path / "adapter", parts, r=2, target_modules=["up_proj"])
+    recipe = linear("chat+@adapter", "code", tokenizer_source="union")
+    _, merged = merge(tmp_path, recipe)
+    plain, without = tmp_path / "plain", linear("chat", "code", tokenizer_source="union")
+    plain.mkdir()
+    for name in ("chat", "code"):
+        (plain / name).symlink_to(tmp_path / name)
+    _, expected = merge(plain, without)
+    changed = {name for name in merged if not torch.equal(merged[name], expected[name])}
+    assert changed == {"model.layers.0.mlp.up_proj.weight"}
+
+
+def test_adapter_of_rows_that_move_is_refused(tmp_path: Path, models: dict[str, State]) -> None:
+    parts = factors("lm_head", 16, 16, 2, torch.Generator().manual_seed(0))
+    write_adapter(tmp_path / "adapter", parts, r=2, target_modules=["lm_head"])
+    with pytest.raises(RecipeError, match=r"changes lm_head\.weight") as caught:
+        merge(tmp_path, linear("code", "chat+@adapter", tokenizer_source="union"))
+    assert caught.value.faults[0].pointer == "/models/1/model"
