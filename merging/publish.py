@@ -14,7 +14,7 @@ from typing import Any
 
 from merging.checkpoint.tokenizer_edit import EDITED, edit_tokenizer_file
 from merging.checkpoint.vocabulary import MAX_TOKENIZER_BYTES
-from merging.errors import PlanError, StorageError
+from merging.errors import CheckpointError, PlanError, StorageError
 from merging.plan.chat_template import TEMPLATE_NAME
 from merging.plan.outputs import Companion
 from merging.plan.packing import data_bytes
@@ -152,11 +152,25 @@ def find_published(plan: Plan, storage: Storage) -> dict[str, Any] | None:
 
 
 def read_report(storage: Storage, output_uri: str, name: str = REPORT_NAME) -> dict[str, Any]:
-    """The merge report of a published checkpoint, or that of a sweep."""
-    data = storage.read_bytes(f"{output_uri}/{name}", limit=256 << 20)
-    report = json.loads(data)
+    """The merge report of a published checkpoint, or that of a sweep.
+
+    Raises:
+        StorageError: It cannot be read (``not_found``: there is none).
+        CheckpointError: ``index_inconsistent``: what is there is something else.
+    """
+    uri = f"{output_uri}/{name}"
+    data = storage.read_bytes(uri, limit=256 << 20)
+    try:
+        report = json.loads(data)
+    except ValueError:  # neither JSON nor text
+        report = None
     if not isinstance(report, dict):
-        raise StorageError(f"{output_uri}/{name} is not a merge report.", code="not_found")
+        raise CheckpointError(
+            f"{uri} is not a merge report: it is no JSON object. Something else was put in its"
+            " place; move it away, or choose another output.",
+            code="index_inconsistent",
+            context={"uri": uri},
+        )
     return report
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from merging.errors import StorageError
+from merging.errors import CheckpointError, StorageError
 from merging.plan.plan import Plan
 from merging.publish import marker, marker_name, read_report
 from merging.report import CARD_NAME, REPORT_NAME, SWEEP_REPORT_NAME
@@ -84,7 +84,7 @@ def _check_report(output: str, name: str, report: Mapping[str, Any], storage: St
         is_same = stored["plan_digest"] == report["plan_digest"] and (
             stored["output"]["digest"] == report["output"]["digest"]
         )
-    except (ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         is_same = False
     if not is_same:
         raise _changed(output, name, "is that of another merge")

@@ -73,7 +73,7 @@ class QueueStatements(KeyStatements):
             "fencing_token": 0,
             "takeovers": 0,
         }
-        row = connection.execute(sa.insert(jobs).values(values).returning(jobs)).one()
+        row = connection.execute(sa.insert(jobs).returning(jobs), values).one()
         record = to_record(row, JobRecord)
         keep_text(connection, record)
         data = {"state": str(record.state), "method": job.method, "output_uri": job.output_uri}

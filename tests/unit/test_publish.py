@@ -133,6 +133,18 @@ def test_a_finished_merge_is_recognised_after_a_crash(family, tmp_path):
     assert find_published(other, storage) is None
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]"])
+def test_what_stands_in_the_place_of_a_report_is_named(family, tmp_path, content):
+    storage = open_storage()
+    plan = plan_merge(family, "linear", storage, tmp_path / "out")
+    run_plan(plan, storage)
+    path = tmp_path / "out" / "merge_report.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not a merge report") as caught:
+        find_published(plan, storage)
+    assert caught.value.code == "index_inconsistent"
+
+
 def test_a_shard_that_somebody_changed_is_not_published(family, tmp_path):
     storage = open_storage()
     plan = plan_merge(family, "linear", storage, tmp_path / "out")
