@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
+from merging.checkpoint.scaled import scaled_tensors
 from merging.dtypes import is_float
 from merging.errors import CheckpointError, Fault
 from merging.plan.inputs import Expert, Inputs
@@ -134,11 +135,17 @@ def _quantised(inputs: Inputs) -> list[Fault]:
     pointers = {expert.index.uri: expert.pointer for expert in reversed(inputs.experts)}
     faults = []
     for index in inputs.all_indexes:
-        if isinstance(index.config.get("quantization_config"), dict):
-            kind = index.config["quantization_config"].get("quant_method", "quantised")
+        config, scaled = index.config.get("quantization_config"), scaled_tensors(index.tensors)
+        if isinstance(config, dict) or scaled:
+            kind = "by its tensors"
+            if isinstance(config, dict):
+                kind = f"{config.get('quant_method', 'quantised')}, by its config.json"
+            which = f" of {shorten_list(scaled)}" if scaled else ""
             detail = (
-                f"{index.uri} is quantised ({kind}, by its config.json); its numbers cannot be"
-                " merged. Convert it to bfloat16 first."
+                f"{index.uri} is quantised ({kind}): the stored numbers{which} mean nothing without"
+                " their scales and cannot be merged. Convert it to bfloat16 first (load it with"
+                " transformers, dequantised, and save it; or by the script that came with it), and"
+                " remove quantization_config from its config.json."
             )
             pointer = pointers.get(index.uri, "/base_model")
             faults.append(Fault(pointer, "dtype_unsupported", detail))

@@ -8,6 +8,7 @@ from merging.errors import Cancelled, NumericalError, PlanError, StorageError
 from merging.execute.pieces import cut_problems
 from merging.execute.shard import run_shard
 from merging.local_run import run_plan
+from merging.plan.plan import PLAN_FORMAT
 from merging.receipts import read_receipt
 from merging.storage.router import open_storage
 from tests.support.checkpoints import make_family
@@ -238,7 +239,7 @@ def test_a_plan_of_another_format_is_refused(family, tmp_path):
     storage = open_storage()
     plan = plan_merge(family, "linear", storage, tmp_path / "out")
     work = msgspec.structs.replace(plan.work(0, plan.digest), format=99)
-    with pytest.raises(PlanError, match="format 2, the plan has 99"):
+    with pytest.raises(PlanError, match=f"format {PLAN_FORMAT}, the plan has 99"):
         run_shard(work, storage)
 
 

@@ -505,6 +505,38 @@ def test_quantised_checkpoint_is_refused(storage: MemoryStorage, uri: str, point
     assert "is quantised (fp8" in error.detail
 
 
+@pytest.mark.parametrize(
+    ("weight", "dtype", "scale"),
+    [
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            "F8_E4M3",
+            "model.layers.0.mlp.up_proj.weight_scale_inv",
+        ),
+        ("model.layers.0.mlp.up_proj.weight", "F8_E4M3", "model.layers.0.mlp.up_proj.weight_scale"),
+        (
+            "model.layers.0.mlp.experts.down_proj_blocks",
+            "U8",
+            "model.layers.0.mlp.experts.down_proj_scales",
+        ),
+        ("model.layers.0.mlp.up_proj.qweight", "I32", "model.layers.0.mlp.up_proj.scales"),
+    ],
+)
+def test_weights_with_scales_are_refused_by_name_whatever_the_config_says(
+    storage: MemoryStorage, weight: str, dtype: str, scale: str
+) -> None:
+    shape = llama_tensors().get(weight, ("", (8, 8)))[1]
+    scaled = {weight: (dtype, shape), scale: ("F32", (1, 1))}
+    for uri in (BASE, MATH, CODE):
+        replace_checkpoint(storage, uri, llama_tensors() | scaled)
+    error = refusal(storage, TASK_ARITHMETIC)
+    pointers = {"/base_model", "/models/0/model", "/models/1/model"}
+    assert {pointer for pointer, _ in faults(error)} == pointers
+    assert {code for _, code in faults(error)} == {"dtype_unsupported"}
+    assert all(weight in fault.detail for fault in error.faults)
+    assert all("Convert it to bfloat16 first" in fault.detail for fault in error.faults)
+
+
 def test_every_model_that_cannot_be_read_is_reported(storage: MemoryStorage) -> None:
     storage.write_bytes(f"{MATH}/model-00001-of-00002.safetensors", b"broken")
     recipe = {**TASK_ARITHMETIC, "models": [{"model": MATH}, {"model": "mem://models/none"}]}
