@@ -25,11 +25,13 @@ export function PlanPreview({ check, hasOutput }: { check: Check; hasOutput: boo
               <Figure name="Tensors" value={count(plan.tensors)} />
               <Figure name="Shards" value={count(plan.shards)} />
               <Figure name="Largest problem, host" value={bytes(plan.max_host_bytes)} />
-              <Figure name="device" value={bytes(plan.max_device_bytes)} />
-              <Figure
-                name={plan.estimate ? `Time on ${plan.estimate.slots} ${plan.estimate.device} slots` : "Time"}
-                value={plan.estimate ? duration(plan.estimate.total_seconds) : "known after a first shard"}
-              />
+              <Figure name="Largest problem, device" value={bytes(plan.max_device_bytes)} />
+              {plan.estimate && (
+                <Figure
+                  name={`Time on ${plan.estimate.slots} ${plan.estimate.device} slots`}
+                  value={duration(plan.estimate.total_seconds)}
+                />
+              )}
             </dl>
             {plan.variants.length > 0 && (
               <p>
@@ -42,6 +44,7 @@ export function PlanPreview({ check, hasOutput }: { check: Check; hasOutput: boo
                 .map(([method, number]) => `${count(number)} by ${method}`)
                 .join(", ")}
               {plan.companions.length > 0 && `; beside the weights: ${plan.companions.join(", ")}`}
+              {!plan.estimate && ". How long it takes is known after a first shard."}
             </p>
           </>
         )}
