@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated
 from urllib.parse import urlencode
@@ -77,7 +77,7 @@ def _page(services: Services, job_id: str, after: int, limit: int) -> Response:
     return page_answer(data, next_cursor=last, next_url=next_url)
 
 
-async def _stream(services: Services, job_id: str, after: int) -> AsyncIterator[bytes]:
+async def _stream(services: Services, job_id: str, after: int) -> AsyncGenerator[bytes]:
     yield retry_message()
     try:
         async with aclosing(follow_events(services, job_id, after)) as pages:

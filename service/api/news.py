@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from time import monotonic
 from typing import Annotated
@@ -95,7 +95,7 @@ async def list_news(
         return await run_in_threadpool(_page, services, query, fits, start, request)
     start = await services.news.place(position)
     slot = services.streams.hold(principal.token_id)
-    return EventStream(_stream(services, fits, start), slot=slot)
+    return EventStream(_stream(services, principal, fits, start), slot=slot)
 
 
 def _page(
@@ -128,13 +128,17 @@ def _page(
 
 
 async def _stream(
-    services: Services, fits: Callable[[NewsItem], bool], start: int
-) -> AsyncIterator[bytes]:
+    services: Services, principal: Principal, fits: Callable[[NewsItem], bool], start: int
+) -> AsyncGenerator[bytes]:
     yield retry_message(start)
     said_at = monotonic()
     try:
         async with aclosing(services.news.follow(start)) as pages:
             async for page, reached in pages:
+                if any(news.item.subject == principal.token_id for news in page):
+                    token = await run_in_threadpool(services.store.get_token, principal.token_id)
+                    if token.revoked_at is not None:
+                        return
                 text = b"".join(news.sse for news in page if fits(news.item))
                 if not text and monotonic() - said_at < HEARTBEAT_SECONDS:
                     continue

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, aclosing
+from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query
@@ -15,6 +17,11 @@ from service.problems import RequestError
 
 _RETRY_MILLISECONDS = (1500, 2500)
 """Clients reconnect after a time between these, so that a restart does not meet all at once."""
+
+_RETRY_AT_ONCE_MILLISECONDS = 100
+
+LONGEST_SECONDS = 900.0
+"""After this a stream ends, and whoever follows it shows who he is anew."""
 
 
 async def _position(
@@ -57,11 +64,26 @@ class _Held(Response):
 
 
 class EventStream(_Held, EventSourceResponse):
-    """Server-sent events."""
+    """Server-sent events, for a quarter of an hour at most: then the client comes back at once.
 
-    def __init__(self, content: Any, *, slot: AbstractContextManager[None]) -> None:
+    So a stream outlives neither its token nor its session by more than that.
+    """
+
+    def __init__(
+        self, content: AsyncGenerator[bytes], *, slot: AbstractContextManager[None]
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(content, slot=slot, headers=headers)
+        super().__init__(_for_a_while(content), slot=slot, headers=headers)
+
+
+async def _for_a_while(content: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    ends_at = monotonic() + LONGEST_SECONDS
+    async with aclosing(content):
+        async for piece in content:  # something comes at least every 15 s
+            yield piece
+            if monotonic() >= ends_at:
+                yield format_sse_event(retry=_RETRY_AT_ONCE_MILLISECONDS)
+                return
 
 
 class TextStream(_Held, StreamingResponse):

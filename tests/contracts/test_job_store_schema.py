@@ -15,9 +15,10 @@ from alembic.migration import MigrationContext
 
 from service.jobs.database import open_engine
 from service.jobs.errors import StoreUnavailableError
-from service.jobs.records import IdempotencyRequest
+from service.jobs.records import IdempotencyRequest, JobFilter, Progress
+from service.jobs.rows import to_json
 from service.jobs.sql_store import SqlJobStore, open_store
-from service.jobs.tables import metadata
+from service.jobs.tables import jobs, metadata
 from tests.support.jobs import new_job
 from tests.support.postgres import PostgresServer
 
@@ -56,6 +57,31 @@ def test_keys_of_jobs_outlast_their_becoming_keys_of_everything(tmp_path: Path) 
     assert store.find_created(IdempotencyRequest("tok_1", "POST", "/v1/jobs", "k", "sha256:1")) == (
         "job_1"
     )
+    store.close()
+
+
+def test_jobs_that_were_there_before_search_was_are_found(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/old.db"
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0009")
+        job = new_job(output_uri="s3://out/Old", labels={"team": "vision"})
+        now = datetime.now(UTC)
+        values = {
+            **{name: value for name, value in to_json(job).items() if name in jobs.c},
+            **dict.fromkeys(("attempt", "revision", "event_seq"), 1),
+            **dict.fromkeys(("created_at", "queued_at"), now),
+            **{"id": "job_1", "state": "queued", "progress": to_json(Progress()), "phases": []},
+            **{"fencing_token": 0, "takeovers": 0},
+        }
+        connection.execute(sa.insert(jobs).values(values))
+    engine.dispose()
+    store = open_store(url)
+    found = store.list_jobs(JobFilter(text="old TEAM=vision"))
+    assert [job.id for job in found] == ["job_1"]
     store.close()
 
 

@@ -57,7 +57,8 @@ export class EventStream<E extends Event> {
         wait = 1000;
       }
       this.#failures += 1;
-      if (this.#failures > 1 || wait > 0) this.handlers.onState("lost", null);
+      // The server ends a stream from time to time and is there at once again: nothing is lost then.
+      if (this.#failures > 1 || wait >= 1000) this.handlers.onState("lost", null);
       const longer = Math.min(wait * 2 ** Math.min(this.#failures - 1, 4), LONGEST_WAIT_MILLISECONDS);
       await new Promise((resolve) => setTimeout(resolve, longer));
     }

@@ -10,6 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+import service.api.news
+import service.news
+from service.api import streams
 from service.auth import Scope
 from service.jobs.news import NewsItem
 from service.jobs.records import Claim, EventType, Progress
@@ -191,6 +194,35 @@ def test_the_store_is_asked_once_for_all_who_follow(
     assert told == [list(range(num_events))] * num_followers
     assert len(asked) <= num_events  # as often as there was something new, at most
     api.wait_until(lambda: api.server.services.news.num_readers == 0)
+
+
+def test_a_stream_ends_with_its_token(api: LiveApi) -> None:
+    token, secret = api.store.create_token("leaves", [Scope.JOBS_READ])
+    with (
+        api.client({"Authorization": f"Bearer {secret}"}) as client,
+        following(api, client=client) as events,
+    ):
+        api.store.revoke_token(token.id)
+        assert list(events) == []
+
+
+def test_no_stream_lasts_for_ever_and_who_comes_back_at_once_misses_nothing(
+    api: LiveApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LONGEST_SECONDS", 0.1)
+    for module in (service.news, service.api.news):
+        monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02)
+    _, claim = running(api)
+    headers = {**ACCEPT, "Last-Event-ID": str(last(api))}
+    told = []
+    for _ in range(3):
+        warn(api, claim)
+        response = api.admin.get("/v1/events?type=job.warning", headers=headers)  # to its end
+        assert response.text.endswith("retry: 100\n\n")
+        lines = response.text.splitlines()
+        told += [line for line in lines if line.startswith("data: ")]
+        headers["Last-Event-ID"] = [line[4:] for line in lines if line.startswith("id: ")][-1]
+    assert len(told) == 3
 
 
 def test_a_replica_tells_of_what_another_one_did(api: LiveApi) -> None:
