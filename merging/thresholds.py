@@ -138,7 +138,7 @@ class Thresholds:
         making = self.cost(geometry, parameters)
         return Cost(
             flops=6.0 * rows * geometry.num_entries + making.flops,
-            workspace_bytes=2 * 8 * rows * FINE_BINS
+            workspace_bytes=2 * 8 * rows * numbers_of(geometry.num_entries, FINE_BINS)
             + geometry.block_bytes(num_buffers=6)
             + making.workspace_bytes,
         )

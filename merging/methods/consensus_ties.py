@@ -32,7 +32,7 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.bins import FINE_BINS
+from merging.ops.bins import FINE_BINS, numbers_of
 from merging.ops.blocks import elementwise_workspace, work_dtype
 from merging.thresholds import (
     group_by_density,
@@ -142,7 +142,8 @@ def consensus_ties_cost(geometry: Geometry, parameters: ConsensusTiesParameters)
     finish = _finish_cost(geometry, parameters)
     return Cost(
         flops=finish.flops + 12.0 * geometry.num_experts * geometry.num_entries,
-        workspace_bytes=finish.workspace_bytes + 2 * 8 * geometry.num_experts * FINE_BINS,
+        workspace_bytes=finish.workspace_bytes
+        + 2 * 8 * geometry.num_experts * numbers_of(geometry.num_entries, FINE_BINS),
     )
 
 

@@ -39,7 +39,7 @@ from merging.method import (
     UpdateParameters,
     register,
 )
-from merging.ops.bins import FINE_BINS
+from merging.ops.bins import FINE_BINS, numbers_of
 from merging.ops.forms import SVD_FLOPS
 from merging.thresholds import of_task_vectors
 
@@ -129,7 +129,7 @@ def doge_cost(geometry: Geometry, parameters: DogeParameters) -> Cost:
     flops = float(SVD_FLOPS * (num_experts + 1) * entries * smaller)
     flops += parameters.steps * (4.0 * num_experts + 4.0 * shared) * entries
     held = (num_experts + 7) * entries + 2 * (rows + columns) * smaller + 4 * smaller**2
-    return Cost(flops, 4 * held + 2 * 8 * num_experts * FINE_BINS)
+    return Cost(flops, 4 * held + 2 * 8 * num_experts * numbers_of(entries, FINE_BINS))
 
 
 THRESHOLDS = of_task_vectors(
