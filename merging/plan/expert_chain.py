@@ -21,14 +21,13 @@ import msgspec
 
 from merging.checkpoint.index import TensorEntry, checkpoint_digest
 from merging.dtypes import is_float
-from merging.errors import RecipeError
-from merging.plan.images import Images, is_vision, read_images
+from merging.plan.expert_samples import read_expert_samples, sample_sources, tokenizer_files
+from merging.plan.images import Images
 from merging.plan.inputs import Expert
 from merging.plan.intermediate import Intermediates
-from merging.plan.plan import STATISTICS, Problem, Setting, Source, SourceFile
+from merging.plan.plan import STATISTICS, Problem, Setting, Source
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import architecture, hidden_width, role_of, stacks_of
-from merging.plan.samples import Samples, read_samples
 from merging.plan.statistics_work import (
     HIDDEN,
     IDS,
@@ -40,9 +39,9 @@ from merging.plan.statistics_work import (
     kept_name,
 )
 from merging.recipe import Recipe
-from merging.recipe.calibration import CalibrationSettings, join_calibration
+from merging.recipe.calibration import join_calibration
 from merging.sampled import LINEAR, NORM
-from merging.storage.base import ObjectStat, Storage
+from merging.storage.base import Storage
 
 _BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
 _BEFORE_NAMES = re.compile(r"embed|(^|\.)(pre_lay\w*norm|ln_pre|norm_pre)\.")
@@ -59,8 +58,6 @@ _SHARED_INPUT = {
     "mlp.shared_experts.up": "mlp",
 }
 """Roles of layers that read the same: one statistic serves them (the worker checks it)."""
-_OTHER_COMPANIONS = re.compile(r"^generation_config|processor_config|^feature_extractor")
-"""Files beside the weights that no tokenizer needs."""
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 
 
@@ -124,7 +121,7 @@ class ExpertChain:
         settings = join_calibration(recipe.calibration, own)
         assert settings is not None, "the recipe's reader sees to it"
         pointer = f"/models/{expert.entry}/calibration" if "data" in own else "/calibration"
-        self._samples = self._read_samples(settings, pointer)
+        self._samples = read_expert_samples(settings, self._storage, pointer, self._index)
         asked = settings.samples
         count = self._samples.count
         if count < asked and "samples" in {*own, *recipe.calibration}:
@@ -137,7 +134,7 @@ class ExpertChain:
         self._hidden_shape = (count, self._samples.length, width)
         self._parts = self._split()
         self._blocks = {e.name: block for block, own in self._parts.items() for e in own}
-        self._tokenizer = self._tokenizer_files()
+        self._tokenizer = tokenizer_files(self._index, self._samples, self._storage)
         self.key = self._key(measuring.threads)
         self._given: tuple[Source, ...] = ()
 
@@ -174,7 +171,7 @@ class ExpertChain:
         shapes += [(m.name, (self._entries(m) + (m.num_experts or 1),), "F32") for m in measured]
         if not shapes:
             return {}
-        sample_work, files = self._sample_files() if block < 0 else (None, ())
+        sample_work, files = self._sample_sources() if block < 0 else (None, ())
         work = StatisticsWork(
             uri=self._index.uri,
             config=self._index.config,
@@ -292,47 +289,8 @@ class ExpertChain:
             return num_experts * self._hidden_shape[0] * self._hidden_shape[1] * measure.width
         return measure.width
 
-    def _read_samples(self, settings: CalibrationSettings, pointer: str) -> Samples | Images:
-        config = self._index.config
-        if is_vision(config):
-            return read_images(settings, self._storage, pointer, self._index)
-        vocab = config.get("vocab_size")
-        vocab_size = vocab if isinstance(vocab, int) else None
-        return read_samples(settings, self._storage, pointer, vocab_size=vocab_size)
-
-    def _sample_files(self) -> tuple[SampleWork | None, tuple[Source, ...]]:
-        """What the first shard needs to know of the samples, and the files that it reads."""
-        samples = self._samples
-        if isinstance(samples, Images):
-            whole = self._whole_file(samples.file)
-            return None, (Source(whole.file, samples.start, samples.end, samples.dtype),)
-        sources = []
-        if samples.file is not None:
-            sources.append(self._whole_file(samples.file))
-        sources += [self._whole_file(stat) for stat in self._tokenizer]
-        names = tuple(stat.uri[len(self._index.uri) + 1 :] for stat in self._tokenizer)
-        work = SampleWork(
-            settings=samples.settings.model_dump(mode="json"),
-            items=None if samples.file else samples.items,
-            uri=samples.file.uri if samples.file else "",
-            tokenizer=names,
-        )
-        return work, tuple(sources)
-
-    def _tokenizer_files(self) -> list[ObjectStat]:
-        """Files of the expert's tokenizer; none where samples are tokens."""
-        if not self._samples.needs_tokenizer:
-            return []
-        found = sorted(self._index.companions)
-        names = [name for name in found if not _OTHER_COMPANIONS.search(name)]
-        if all("chat_template" in name for name in names):
-            detail = f"{self._index.uri} has no tokenizer; give token ids instead of texts."
-            raise RecipeError(detail, code="incompatible_options")
-        return [self._storage.stat(f"{self._index.uri}/{name}") for name in names]
-
-    def _whole_file(self, stat: ObjectStat) -> Source:
-        self._builder.files.append(SourceFile(stat.uri, stat.size, stat.version))
-        return Source(len(self._builder.files) - 1, 0, stat.size, "U8")
+    def _sample_sources(self) -> tuple[SampleWork | None, tuple[Source, ...]]:
+        return sample_sources(self._index, self._samples, self._tokenizer, self._builder)
 
     def _memory(
         self, work: StatisticsWork, weights: Sequence[Source], files: Sequence[Source]
