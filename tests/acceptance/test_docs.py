@@ -203,8 +203,10 @@ def test_the_service_starts_as_it_is_said(command: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks(RECIPES, "yaml"), ids=lambda block: block.section)
 def test_the_recipes_of_the_documents_parse(block: Block) -> None:
-    document = yaml.safe_load(block.text)
-    if "merge_method" not in document:  # a part of a recipe
+    document, *others = yaml.safe_load_all(block.text)
+    if others:
+        document = {"documents": [document, *others]}
+    elif "merge_method" not in document:  # a part of a recipe
         whole = {"merge_method": "ties", "base_model": "base", "models": [{"model": "expert"}]}
         document = whole | document
     assert parse_recipe(document).warnings == ()
