@@ -17,21 +17,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
-from merging.ops.blocks import work_dtype
+from merging.method import MergeMethod, Task, TaskVectorParameters, register
+from merging.sparsified import BandParameters, band_cost, merge_band
 
 if TYPE_CHECKING:
     import torch
-
-    from merging.ops.task_vectors import Sparsify
 
 
 class BreadcrumbsParameters(TaskVectorParameters):
@@ -47,62 +37,11 @@ class BreadcrumbsParameters(TaskVectorParameters):
     )
 
 
-class BreadcrumbsExpertParameters(WeightParameters):
-    """Parameters of an expert."""
-
-    density: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description=(
-            "Share of the task vector's entries to keep in each tensor. The paper keeps about 0.9;"
-            " 1 drops nothing."
-        ),
-    )
-    gamma: float = Field(
-        default=0.01,
-        ge=0,
-        lt=1,
-        description="Share of the largest entries to drop, as outliers, where density is under 1.",
-    )
-
-
 def merge_breadcrumbs(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor."""
-    from merging.ops.bands import KeepBand, RestoreNorms
-    from merging.ops.task_vectors import combine_task_vectors
-
-    assert base is not None
-    tensors = list(experts)
-
-    def new_band() -> KeepBand:
-        densities = [parameters.density for parameters in task.expert_parameters]
-        gammas = [parameters.gamma for parameters in task.expert_parameters]
-        return KeepBand(base, tensors, densities, gammas)
-
-    sparsify: Sparsify = new_band()
-    if task.parameters.rescale:
-        sparsify = RestoreNorms(base, tensors, new_band, work_dtype((base, *tensors)))
-    return combine_task_vectors(
-        base,
-        tensors,
-        [parameters.weight for parameters in task.expert_parameters],
-        scale=task.parameters.scale,
-        normalize=task.parameters.normalize,
-        sparsify=sparsify,
-        out=task.out,
-    )
-
-
-def breadcrumbs_cost(geometry: Geometry, parameters: BreadcrumbsParameters) -> Cost:
-    """Selection looks at each magnitude a few times; the rest is a dozen operators per entry."""
-    num_entries, num_experts = geometry.num_entries, geometry.num_experts
-    return Cost(
-        flops=(80.0 if parameters.rescale else 40.0) * num_experts * num_entries,
-        workspace_bytes=num_entries // 4 + geometry.block_bytes(num_buffers=num_experts + 14),
-    )
+    return merge_band(base, experts, task, elect_signs=False)
 
 
 register(
@@ -115,9 +54,9 @@ register(
         ),
         source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795",
         merge=merge_breadcrumbs,
-        cost=breadcrumbs_cost,
+        cost=band_cost,
         parameters=BreadcrumbsParameters,
-        expert_parameters=BreadcrumbsExpertParameters,
+        expert_parameters=BandParameters,
         separable="whole",
         rounds=True,
     )

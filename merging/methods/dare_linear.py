@@ -19,15 +19,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, TaskVectorParameters, register
+from merging.sparsified import RandomShareParameters, merge_random_share
 
 if TYPE_CHECKING:
     import torch
@@ -46,44 +39,11 @@ class DareLinearParameters(TaskVectorParameters):
     )
 
 
-class DareLinearExpertParameters(WeightParameters):
-    """Parameters of an expert."""
-
-    density: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description=(
-            "Probability that an entry of the task vector is kept (1 − the paper's drop rate p)."
-            " Large models bear 0.1 to 0.5; 1 drops nothing."
-        ),
-    )
-
-
 def merge_dare_linear(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor, or a tile of one."""
-    from merging.ops.sparsify import KeepRandom
-    from merging.ops.task_vectors import combine_task_vectors
-
-    assert base is not None
-    return combine_task_vectors(
-        base,
-        list(experts),
-        [parameters.weight for parameters in task.expert_parameters],
-        scale=task.parameters.scale,
-        normalize=task.parameters.normalize,
-        sparsify=KeepRandom(
-            [parameters.density for parameters in task.expert_parameters],
-            rescale=task.parameters.rescale,
-            seed=task.seed,
-            tensor_name=task.tensor_name,
-            offset=task.offset,
-            device=base.device,
-        ),
-        out=task.out,
-    )
+    return merge_random_share(base, experts, task, elect_signs=False)
 
 
 def dare_linear_cost(geometry: Geometry, parameters: DareLinearParameters) -> Cost:
@@ -108,7 +68,7 @@ register(
         merge=merge_dare_linear,
         cost=dare_linear_cost,
         parameters=DareLinearParameters,
-        expert_parameters=DareLinearExpertParameters,
+        expert_parameters=RandomShareParameters,
         symmetric=False,
         rounds=True,
     )

@@ -13,7 +13,7 @@ import torch
 
 from merging.ops.blocks import block_size, blocks_of, keep_where, work_dtype
 from merging.ops.sparsify import KeepCounts, KeepRandom
-from merging.ops.task_vectors import Sparsify, combine_task_vectors
+from merging.ops.task_vectors import Sparsify
 
 
 class KeepBand:
@@ -187,53 +187,3 @@ class RestoreNorms:
 def _l1_norm(vector: torch.Tensor) -> float:
     """In float64."""
     return float(vector.double().abs_().sum())
-
-
-def merge_by_rank(
-    base: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    parameters: Any,
-    expert_parameters: Sequence[Any],
-    *,
-    seed: int,
-    tensor_name: str,
-    elect_signs: bool,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Merge one tensor by DELLA: with :class:`KeepByRank`, row by row.
-
-    Args:
-        base: Base tensor; a vector is one row.
-        experts: Tensors of the same shape.
-        parameters: ``scale``, ``normalize`` and ``rescale``.
-        expert_parameters: ``density``, ``epsilon`` and ``weight`` of each.
-        seed: The recipe's seed.
-        tensor_name: Name of the tensor.
-        elect_signs: As for :func:`~merging.ops.task_vectors.combine_task_vectors`, likewise
-            ``out``.
-        out: See above.
-    """
-    rows = [t.reshape(1, -1) if t.ndim < 2 else t.flatten(1) for t in (base, *experts)]
-
-    random = KeepRandom(
-        [one.density for one in expert_parameters],
-        rescale=False,
-        seed=seed,
-        tensor_name=tensor_name,
-        offset=0,
-        device=base.device,
-    )
-    keep = KeepByRank(rows[0], rows[1:], expert_parameters, random)
-    sparsify: Sparsify = keep
-    if parameters.rescale:
-        sparsify = RestoreNorms(base, experts, lambda: keep, work_dtype((base, *experts)))
-    return combine_task_vectors(
-        base,
-        experts,
-        [one.weight for one in expert_parameters],
-        scale=parameters.scale,
-        normalize=parameters.normalize,
-        elect_signs=elect_signs,
-        sparsify=sparsify,
-        out=out,
-    )
