@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -172,52 +173,78 @@ class ExpertChain:
         if not shapes:
             return {}
         sample_work, files = self._sample_sources() if block < 0 else (None, ())
-        work = StatisticsWork(
+        work = self._work(
+            block,
+            entries,
+            measured,
+            is_last=block == self.num_blocks - 1 and not leaves,
+            leaves=leaves,
+            samples=sample_work,
+            image_shape=self._samples.shape if isinstance(self._samples, Images) else (),
+        )
+        weights = [
+            self._weight(entry) if merged is None else merged[entry.name] for entry in entries
+        ]
+        places = self._add(
+            "statistics" if merged is None else "merged",
+            work,
+            shapes,
+            (*self._given, *files, *weights),
+            num_bytes=self._memory(work, weights, files),
+            flops=self._flops(work),
+        )
+        if leaves:
+            tokens = places[IDS] if block < 0 else self._given[0]
+            self._given = (tokens, places[HIDDEN])
+        return {name: places[statistic] for name, statistic in made.items()}
+
+    def _weight(self, entry: TensorEntry) -> Source:
+        return self._builder.source(self._index, entry, entry.name)
+
+    def _work(
+        self, block: int, entries: Sequence[TensorEntry], measures: Sequence[Measure], **more: Any
+    ) -> StatisticsWork:
+        """What a shard does with these tensors; ``more`` are other fields."""
+        return StatisticsWork(
             uri=self._index.uri,
             config=self._index.config,
             architecture=architecture(self._index),
             stack=self._stack,
             block=block,
-            is_last=block == self.num_blocks - 1 and not leaves,
-            leaves=leaves,
             weights=tuple(Weight(entry.name, entry.shape) for entry in entries),
-            measures=tuple(measured),
+            measures=tuple(measures),
             num_samples=self._hidden_shape[0],
             length=self._hidden_shape[1],
             batch=min(self._samples.settings.batch, self._hidden_shape[0]),
             sample_digest=self._samples.digest,
-            samples=sample_work,
-            image_shape=self._samples.shape if isinstance(self._samples, Images) else (),
+            **more,
         )
+
+    def _add(
+        self,
+        stage: str,
+        work: StatisticsWork,
+        shapes: Sequence[tuple[str, tuple[int, ...], str]],
+        given: tuple[Source, ...],
+        *,
+        num_bytes: int,
+        flops: float,
+    ) -> dict[str, Source]:
+        """Add a shard that makes tensors of these names, shapes and types; where they will be."""
         setting = self._builder.settings.add(Setting(STATISTICS, msgspec.to_builtins(work)))
-        weights = tuple(
-            self._builder.source(self._index, entry, entry.name)
-            if merged is None
-            else merged[entry.name]
-            for entry in entries
-        )
         problems = [
-            Problem(name, shape, dtype, setting, base=None, experts=(), layer=block)
+            Problem(name, shape, dtype, setting, base=None, experts=(), layer=work.block)
             for name, shape, dtype in shapes
         ]
-        memory = self._memory(work, weights, files)
         problems[0] = msgspec.structs.replace(
-            problems[0],
-            given=(*self._given, *files, *weights),
-            flops=self._flops(work),
-            host_bytes=memory,
-            device_bytes=memory,
+            problems[0], given=given, flops=flops, host_bytes=num_bytes, device_bytes=num_bytes
         )
-        stage = "statistics" if merged is None else "merged"
-        name = f"{stage}-{self._number + 1:05d}-{block + 1:05d}.safetensors"
+        name = f"{stage}-{self._number + 1:05d}-{work.block + 1:05d}.safetensors"
         if self._folder:
-            told = msgspec.json.encode([work.weights, measured, leaves], order="deterministic")
-            name = kept_name(self.key + told.decode(), block + 1)
-        places = self._stages.write_file(problems, name, self._folder)
-        if leaves:
-            tokens = places[IDS] if block < 0 else self._given[0]
-            self._given = (tokens, places[HIDDEN])
-        return {name: places[statistic] for name, statistic in made.items()}
+            told = [work.weights, work.measures, work.leaves]
+            key = msgspec.json.encode(told, order="deterministic").decode()
+            name = kept_name(self.key + key, work.block + 1)
+        return self._stages.write_file(problems, name, self._folder)
 
     def _key(self, threads: int) -> str:
         told = [
@@ -304,15 +331,17 @@ class ExpertChain:
         states = 2 * 4 * _product(self._hidden_shape)
         images = work.num_samples if work.block < 0 else work.batch
         samples = sum(f.num_bytes for f in files) + 4 * images * math.prod(work.image_shape or (0,))
-        return 4 * entries + stored + states + statistics + samples + self._running(work)
+        return (
+            4 * entries + stored + states + statistics + samples + self._running(work, work.batch)
+        )
 
-    def _running(self, work: StatisticsWork) -> int:
-        """Bytes that a batch takes on its way through a block."""
+    def _running(self, work: StatisticsWork, batch: int) -> int:
+        """Bytes that so many samples take on their way through a block."""
         widest = max((max(w.shape) for w in work.weights if len(w.shape) == 2 and work.block >= 0),
                      default=self._hidden_shape[2])  # fmt: skip
         config = self._index.config
         heads = next((config[key] for key in _HEAD_KEYS if isinstance(config.get(key), int)), 16)
-        tokens = work.batch * work.length
+        tokens = batch * work.length
         return 4 * tokens * (8 * widest + 3 * heads * work.length)
 
     def _flops(self, work: StatisticsWork) -> float:

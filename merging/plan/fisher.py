@@ -24,7 +24,7 @@ from merging.errors import Fault, RecipeError
 from merging.plan.architectures import causal_architectures
 from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.inputs import Expert
-from merging.plan.plan import STATISTICS, Problem, Setting, Source
+from merging.plan.plan import Problem, Source
 from merging.plan.runnable import architecture, role_of
 from merging.plan.statistics_work import (
     GRADIENT,
@@ -33,8 +33,6 @@ from merging.plan.statistics_work import (
     Backward,
     Measure,
     StatisticsWork,
-    Weight,
-    kept_name,
 )
 from merging.plan.tensors import is_tied
 from merging.sampled import FISHER
@@ -177,41 +175,23 @@ class FisherChain(ExpertChain):
         if is_head:
             shapes.append((LABELS, self._hidden_shape[:2], "I32"))
         shapes += [(SIZE, (2,), "F32"), *((e.name, e.shape, "F32") for e in measured)]
-        work = StatisticsWork(
-            uri=self._index.uri,
-            config=self._index.config,
-            architecture=architecture(self._index),
-            stack=self._stack,
-            block=block,
+        work = self._work(
+            block,
+            entries,
+            [Measure("fisher", math.prod(e.shape), (e.name,)) for e in measured],
             is_last=is_head,
             leaves=False,
-            weights=tuple(Weight(entry.name, entry.shape) for entry in entries),
-            measures=tuple(Measure("fisher", math.prod(e.shape), (e.name,)) for e in measured),
-            num_samples=self._hidden_shape[0],
-            length=self._hidden_shape[1],
-            batch=1,
-            sample_digest=self._samples.digest,
             backward=self._back,
         )
-        setting = self._builder.settings.add(Setting(STATISTICS, msgspec.to_builtins(work)))
-        weights = tuple(self._builder.source(self._index, e, e.name) for e in entries)
-        problems = [
-            Problem(name, shape, dtype, setting, base=None, experts=(), layer=block)
-            for name, shape, dtype in shapes
-        ]
-        memory = self._memory_back(work, weights)
-        problems[0] = msgspec.structs.replace(
-            problems[0],
-            given=(*given, *weights),
+        weights = [self._weight(entry) for entry in entries]
+        return self._add(
+            "fisher",
+            work,
+            shapes,
+            (*given, *weights),
+            num_bytes=self._memory_back(work, weights),
             flops=self._flops_back(work),
-            host_bytes=memory,
-            device_bytes=memory,
         )
-        name = f"fisher-{self._number + 1:05d}-{block + 1:05d}.safetensors"
-        if self._folder:
-            told = msgspec.json.encode([work.weights, work.measures], order="deterministic")
-            name = kept_name(self.key + told.decode(), block + 1)
-        return self._stages.write_file(problems, name, self._folder)
 
     def _flops_back(self, work: StatisticsWork) -> float:
         """Forward, and twice that back; an embedding is looked up."""
@@ -234,7 +214,7 @@ class FisherChain(ExpertChain):
             vocab = max(weight.shape[0] for weight in work.weights)
             running = 4 * _FLOATS * work.length * vocab
         else:
-            running = 3 * self._running(work)
+            running = 3 * self._running(work, 1)
         return _FLOATS * entries + stored + running
 
 
