@@ -273,13 +273,16 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """The model card: front matter that hubs read, lineage, and the full recipe."""
     method = get_method(plan.method)
     num_experts = sum(item.role == "expert" for item in plan.inputs)
-    front: dict[str, Any] = {"library_name": "transformers"}
+    is_adapter = plan.adapter_config is not None
+    front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
     if any(name.endswith("ForCausalLM") for name in plan.config.get("architectures") or ()):
         front["pipeline_tag"] = "text-generation"
     front["tags"] = ["merge", "mergeyard", plan.method]
-    parents = [name for item in plan.inputs if (name := hub_name(item.uri)) is not None]
+    models = [item.uri for item in plan.inputs if item.role == "base" or not is_adapter]
+    parents = [name for uri in models if (name := hub_name(uri)) is not None]
     if parents:
-        front |= {"base_model": parents, "base_model_relation": "merge"}
+        relation = "adapter" if is_adapter else "merge"
+        front |= {"base_model": parents, "base_model_relation": relation}
     lineage = "\n".join(
         f"| {item.role} | `{item.uri}` | `{item.digest[:23]}…` |" for item in plan.inputs
     )

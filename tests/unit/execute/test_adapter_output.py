@@ -194,6 +194,7 @@ def test_adapter_is_published_last_found_again_and_removed_whole(
     names = {path.name for path in out.iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert not names & {"model.safetensors.index.json", "config.json", ".mergeyard"}
+    assert "library_name: peft" in (out / "README.md").read_text()
     storage = open_storage()
     report = find_published(plan, storage)
     assert report is not None
