@@ -25,7 +25,7 @@ from service.jobs.store import JobStore
 from service.logs import configure_logging
 from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
-from service.server import Server, address_of, bind
+from service.server import Server, address_of, bind, prepare_process
 from service.settings import load_settings
 from workers.messages import PoolEvent, ShardDone, ShardStarted, ShardTask
 
@@ -97,6 +97,7 @@ def _serve(folder: Path, store: JobStore, storage: Storage) -> None:
     server = Server(create_app(settings, store, storage=storage))
     listener = bind("127.0.0.1", 0)
     print(json.dumps({"url": address_of(listener), "token": token}), flush=True)
+    prepare_process()
     server.run(sockets=[listener])
 
 

@@ -29,7 +29,7 @@ from service.runner.loop import Runner
 from service.runner.metrics import RunnerMetrics, metered
 from service.runner.settings import RunnerSettings
 from service.runner.traces import traced
-from service.server import Server, address_of, bind
+from service.server import Server, address_of, bind, prepare_process
 from service.settings import ENV_PREFIX, Settings
 from service.storage_metrics import StorageMetrics
 from service.tracing import open_tracing
@@ -120,6 +120,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
                 f" {address}/auth?code={code}"
             )
         announce(f"Mergeyard {version} listens on {address}")
+        prepare_process()
         server.run(sockets=[listener])
 
 
