@@ -79,8 +79,8 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         forecast = Forecast(settings.data_dir / "rates.json", settings.device)
         version = metadata.version("mergeyard")
         metrics = Metrics(version, settings.commit)
-        timed = StorageMetrics(metrics.registry).timed
-        storage = timed(open_storage(settings.storage_roots))
+        storage_metrics = StorageMetrics(metrics.registry)
+        storage = storage_metrics.timed(open_storage(settings.storage_roots))
         tracing = open_tracing(settings.otlp_endpoint, version) if settings.otlp_endpoint else None
         if tracing is not None:
             stack.callback(tracing.close)
@@ -90,7 +90,7 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
             stack.callback(pool.close)
             seen = metered(store, RunnerMetrics(metrics))
             seen = traced(seen, tracing) if tracing else seen
-            runner = _make_runner(settings, seen, pool, forecast, timed)
+            runner = _make_runner(settings, seen, pool, forecast, storage_metrics)
         app = create_app(
             settings,
             store,
@@ -175,10 +175,10 @@ def _make_runner(
     store: JobStore,
     pool: ShardPool,
     forecast: Forecast,
-    timed: Callable[[Storage], Storage],
+    storage_metrics: StorageMetrics,
 ) -> Runner:
     def storage() -> Storage:
-        return timed(open_storage(settings.storage_roots))
+        return storage_metrics.timed(open_storage(settings.storage_roots))
 
     return Runner(
         store,
@@ -193,6 +193,7 @@ def _make_runner(
             heartbeat_seconds=min(_HEARTBEAT_SECONDS, settings.lease_seconds / 4),
         ),
         forecast=forecast,
+        note_storage=storage_metrics.note_worker,
     )
 
 

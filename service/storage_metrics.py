@@ -1,23 +1,21 @@
-"""How long storage takes to answer the service itself: planning, checking, publishing."""
+"""How long storage takes to answer: the service itself, and the workers of its jobs."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Histogram
 
-from merging.errors import StorageError
 from merging.rates import storage_kind
 from merging.storage.base import Storage
+from merging.storage.timed import timed
+from workers.messages import StorageTimes
 
-_TIMED = ("stat", "list", "read_bytes", "read_into", "write_bytes", "copy", "delete")
 _SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60)
 
 
 class StorageMetrics:
-    """Times requests to storage; retries within one are part of its time.
+    """Times requests to storage.
 
     Args:
         registry: Where the histogram is kept.
@@ -26,7 +24,7 @@ class StorageMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._durations = Histogram(
             "mergeyard_storage_request_duration_seconds",
-            "Requests of this process to storage; workers' are in the merge report.",
+            "Requests to storage, of this process and of workers for its shards.",
             ["backend", "operation", "outcome"],
             registry=registry,
             buckets=_SECONDS,
@@ -34,30 +32,14 @@ class StorageMetrics:
 
     def timed(self, storage: Storage) -> Storage:
         """The same storage, with its requests timed."""
-        return cast(Storage, _TimedStorage(storage, self._note))
+        return timed(storage, self._note)
+
+    def note_worker(self, times: Iterable[StorageTimes]) -> None:
+        """What a worker brought home with a shard."""
+        for kind in times:
+            durations = self._durations.labels(kind.backend, kind.operation, kind.outcome)
+            for seconds in kind.seconds:
+                durations.observe(seconds)
 
     def _note(self, uri: str, operation: str, outcome: str, seconds: float) -> None:
         self._durations.labels(storage_kind(uri), operation, outcome).observe(seconds)
-
-
-class _TimedStorage:
-    def __init__(self, storage: Storage, note: Callable[[str, str, str, float], None]) -> None:
-        self._storage = storage
-        self._note = note
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._storage, name)
-        if name not in _TIMED:
-            return method
-
-        def call(uri: str, *args: Any, **kwargs: Any) -> Any:
-            begin, outcome = time.perf_counter(), "ok"
-            try:
-                return method(uri, *args, **kwargs)
-            except StorageError as error:
-                outcome = error.code
-                raise
-            finally:
-                self._note(uri, name, outcome, time.perf_counter() - begin)
-
-        return call

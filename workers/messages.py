@@ -67,6 +67,15 @@ class ShardLog(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
+class StorageTimes(msgspec.Struct, frozen=True, array_like=True):
+    """How long requests of one kind took (:mod:`merging.storage.timed`)."""
+
+    backend: str
+    operation: str
+    outcome: str
+    seconds: tuple[float, ...]
+
+
 class ShardDone(msgspec.Struct, frozen=True, tag=True):
     """A shard is published."""
 
@@ -74,6 +83,7 @@ class ShardDone(msgspec.Struct, frozen=True, tag=True):
     shard_index: int
     attempt: int
     receipt: Receipt
+    storage: tuple[StorageTimes, ...] = ()
 
 
 class ShardFailed(msgspec.Struct, frozen=True, tag=True):
@@ -83,6 +93,7 @@ class ShardFailed(msgspec.Struct, frozen=True, tag=True):
     shard_index: int
     attempt: int
     error: dict[str, object]
+    storage: tuple[StorageTimes, ...] = ()
 
 
 PoolEvent = ShardStarted | ShardProgress | ShardLog | ShardDone | ShardFailed

@@ -9,17 +9,21 @@ import functools
 import os
 import pkgutil
 import platform
+import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from merging.errors import MergeError, WorkerError
+from merging.rates import storage_kind
 from merging.receipts import Receipt, read_receipt
 from merging.storage.base import Storage
 from merging.storage.router import open_storage
+from merging.storage.timed import TimedRequest, timed
 from workers.accelerator import choose_device, describe_device
 from workers.messages import (
     PoolEvent,
@@ -29,6 +33,7 @@ from workers.messages import (
     ShardProgress,
     ShardStarted,
     ShardTask,
+    StorageTimes,
 )
 from workers.redact import redact
 
@@ -45,6 +50,7 @@ def run_task(
     cancelled: Callable[[], bool],
     *,
     engine: str = ENGINE,
+    note_storage: TimedRequest,
 ) -> Receipt:
     """Do one shard, or return its receipt if it is published already.
 
@@ -53,6 +59,7 @@ def run_task(
         emit: Receives ``ShardStarted`` and a few ``ShardProgress`` a second.
         cancelled: Asked between steps.
         engine: Dotted path of the engine's function.
+        note_storage: Told of each request to storage.
 
     Raises:
         MergeError: Always one of our own; ``internal`` for what nobody foresaw.
@@ -61,7 +68,7 @@ def run_task(
     try:
         device = choose_device(task.device)
         emit(ShardStarted(*_identity(task), worker=_worker(), device=describe_device(device)))
-        storage = _storage(task.storage_roots)
+        storage = timed(_storage(task.storage_roots), note_storage)
         work = task.work
         receipt = read_receipt(
             storage, work.output_uri, work.plan_digest, work.shard, work.variants
@@ -94,8 +101,9 @@ def finish_task(
         traceparent=task.traceparent,
     )
     begin = time.monotonic()
+    times = _Times()
     try:
-        receipt = run_task(task, emit, cancelled, engine=engine)
+        receipt = run_task(task, emit, cancelled, engine=engine, note_storage=times.note)
     except MergeError as error:
         log.warning(
             "shard_failed",
@@ -106,14 +114,32 @@ def finish_task(
         )
         if error.code == MergeError.default_code:
             emit(ShardLog(*_identity(task), worker=_worker(), text=_trace(error)))
-        return ShardFailed(*_identity(task), error=error.to_dict())
+        return ShardFailed(*_identity(task), error=error.to_dict(), storage=times.all())
     log.debug(  # the runner tells it, once for all workers
         "shard_done",
         bytes_read=receipt.bytes_read,
         bytes_written=receipt.bytes_written,
         duration_seconds=round(time.monotonic() - begin, 3),
     )
-    return ShardDone(*_identity(task), receipt=receipt)
+    return ShardDone(*_identity(task), receipt=receipt, storage=times.all())
+
+
+class _Times:
+    """How long a shard's requests to storage took."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def note(self, uri: str, operation: str, outcome: str, seconds: float) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._seconds[storage_kind(uri), operation, outcome].append(round(seconds, 4))
+
+    def all(self) -> tuple[StorageTimes, ...]:
+        """What was noted so far."""
+        with self._lock:
+            return tuple(StorageTimes(*kind, tuple(s)) for kind, s in self._seconds.items())
 
 
 class _Progress:

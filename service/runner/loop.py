@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -25,7 +25,7 @@ from service.runner.claim import Heartbeat, Lease, Monotonic
 from service.runner.context import RunnerContext
 from service.runner.drive import JobDriver
 from service.runner.settings import RunnerSettings
-from workers.messages import PoolEvent, ShardDone, ShardFailed
+from workers.messages import PoolEvent, ShardDone, ShardFailed, StorageTimes
 from workers.pool import ShardPool
 
 _POLL_SECONDS = 0.2
@@ -55,6 +55,7 @@ class Runner:
         monotonic: Seconds that never go back.
         threads: For work that blocks; by default threads of its own.
         forecast: Told what receipts say of the workers' speed.
+        note_storage: Told how long workers' requests to storage took.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Runner:
         monotonic: Monotonic = time.monotonic,
         threads: Executor | None = None,
         forecast: Forecast | None = None,
+        note_storage: Callable[[Sequence[StorageTimes]], None] | None = None,
     ) -> None:
+        self._note_storage = note_storage
         self._settings = settings or RunnerSettings()
         self._name = name or f"{socket.gethostname()[:80]}-{secrets.token_hex(4)}"
         self._storage_factory = storage_factory
@@ -155,6 +158,8 @@ class Runner:
         key = (event.job_id, event.shard_index)
         is_end = isinstance(event, (ShardDone, ShardFailed))
         driver = self._in_flight.pop(key, None) if is_end else self._in_flight.get(key)
+        if isinstance(event, (ShardDone, ShardFailed)) and self._note_storage is not None:
+            self._note_storage(event.storage)
         if driver is not None:
             driver.receive(event)
 

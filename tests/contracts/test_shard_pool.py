@@ -299,6 +299,9 @@ def test_the_engine_itself_produces_a_shard(real_pool: ShardPool, tmp_path: Path
     assert torch.equal(merged["layer.weight"], weights)
     stored = read_receipt(open_storage(), work.output_uri, work.plan_digest, work.shard)
     assert done.receipt == stored
+    timed = {(times.backend, times.operation, times.outcome) for times in done.storage}
+    assert {("file", "read_into", "ok"), ("file", "write_bytes", "ok")} <= timed
+    assert all(seconds >= 0 for times in done.storage for seconds in times.seconds)
 
 
 def test_close_cancels_what_is_in_flight_and_may_be_repeated(

@@ -14,6 +14,7 @@ from service.storage_metrics import StorageMetrics
 from tests.support.fake_pool import FakePool
 from tests.support.memory_storage import MemoryStorage
 from tests.support.runner_bench import NUM_SHARDS, Bench
+from workers.messages import StorageTimes
 
 
 class Counted:
@@ -84,3 +85,16 @@ def test_requests_to_storage_are_timed_by_what_became_of_them() -> None:
     for operation, outcome in (("write_bytes", "ok"), ("read_bytes", "ok"), ("stat", "not_found")):
         labels = {"backend": "mem", "operation": operation, "outcome": outcome}
         assert registry.get_sample_value(name, labels) == 1
+
+
+def test_requests_of_workers_are_counted_with_those_of_the_service() -> None:
+    registry = CollectorRegistry()
+    metrics = StorageMetrics(registry)
+    metrics.timed(MemoryStorage()).write_bytes("mem://a/b", b"x")
+    metrics.note_worker([StorageTimes("mem", "write_bytes", "ok", (0.25, 0.5))])
+    name = "mergeyard_storage_request_duration_seconds"
+    labels = {"backend": "mem", "operation": "write_bytes", "outcome": "ok"}
+    assert registry.get_sample_value(f"{name}_count", labels) == 3
+    total = registry.get_sample_value(f"{name}_sum", labels)
+    assert total is not None
+    assert 0.75 < total < 1
