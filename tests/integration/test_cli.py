@@ -126,6 +126,7 @@ def test_a_merge_takes_every_option_and_replaces_only_on_demand(
         *("merge", write_recipe(tmp_path, family, "dare_ties", density=0.5), "--output", output),
         *("--device", "cpu", "--max-shard-size", "50kB", "--memory-budget", "64MiB"),
         *("--device-memory-budget", "1GiB", "--seed", 7, "--threads", 1, "--check-finite"),
+        *("--statistics-uri", tmp_path / "kept"),
     )
     said = mergeyard(*command)
     files = weight_bytes(output)
