@@ -1,12 +1,13 @@
-"""What merges cost here and with mergekit: processor time, wall time, memory, file by file alike.
+"""What merges cost here and with mergekit: processor time, wall time and memory.
 
-    python -m benchmarks merge [--methods linear ties …] [--rounds N] [--json FILE]
+    python -m benchmarks merge [--methods linear ties …] [--rounds N] [--planning] [--json FILE]
 
 Both merge the same random bfloat16 models by the same recipes, each as a process of its own, in
 turns, with the same number of threads and all inputs in the page cache; the cheapest of a few
 rounds counts. Both also merge a tiny model, which shows what starting takes. mergekit runs in an
 environment of its own (`.cache`). How fast this machine copies as many bytes as `linear` reads and
-writes is measured in the same run. Takes 4.5 GB of room and about 15 minutes of one core.
+writes is measured in the same run; and how long we plan for as many tensors as DeepSeek V3 has.
+Takes 4.5 GB of room and about 15 minutes.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from rich.table import Table
 
 from benchmarks.processes import Cost, run_measured
 from benchmarks.records import conditions, write_record
-from benchmarks.sparse_models import Shape, write_random_family
+from benchmarks.sparse_models import Shape, write_random_family, write_sparse_mixture
 from tests.parity.__main__ import SIDES
 from tests.support.environments import plain_environment, python_with
 
 NUM_EXPERTS = 3
 TINY = Shape(hidden=256, intermediate=512, layers=1, key_value=256, vocab=512)
 WEIGHTS = (0.3, 0.9, 0.5)
+PLANNED_LAYERS = (15, 59)
 _CHUNK = 16 << 20
 _REPOSITORY = Path(__file__).parent.parent
 
@@ -72,14 +74,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"{where['processor']}, {options.threads} threads, {figures['model_bytes']} bytes"
     )
     console.print(_table(figures))
-    floor = figures["floor"]
-    console.print(
-        f"copying what linear reads and writes: {floor['cpu_seconds']:.1f} s of processor time and"
-        f" {floor['wall_seconds']:.1f} s, {100 * floor['share_of_cpu']:.0f} % and"
-        f" {100 * floor['share_of_wall']:.0f} % of the merge's"
-        if floor
-        else ""
-    )
+    for planned in figures["planning"] or ():
+        console.print(f"planning {planned['tensors']} tensors: {planned['cpu_seconds']:.1f} s")
+    if floor := figures["floor"]:
+        console.print(
+            f"copying what linear reads and writes: {floor['cpu_seconds']:.1f} s of processor time,"
+            f" {100 * floor['share_of_cpu']:.0f} % of the merge's; {floor['wall_seconds']:.1f} s on"
+            f" the wall, {100 * floor['share_of_wall']:.0f} %"
+        )
     if options.json:
         write_record(options.json, torch.device("cpu"), figures)
 
@@ -91,7 +93,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32000, help="rows of the embedding (32000)")
     parser.add_argument("--rounds", type=int, default=1, help="turns, the cheapest counts (1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of both (1)")
-    parser.add_argument("--budget", default="256MiB", help="our memory budget (256MiB)")
+    parser.add_argument("--budget", default="1GiB", help="our memory budget (1GiB)")
+    parser.add_argument("--planning", action="store_true", help="also plan 45,000 tensors")
     parser.add_argument("--ours-only", action="store_true", help="leave mergekit out")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="write figures and conditions to this file")
@@ -130,6 +133,7 @@ class Comparison:
             "rounds": options.rounds,
             "starting": starting,
             "methods": methods,
+            "planning": self._plan() if options.planning else None,
             "floor": self._floor(experts, methods["linear"]) if "linear" in methods else None,
         }
 
@@ -169,6 +173,25 @@ class Comparison:
         command += ["--quiet", "--no-write-model-card", "--no-copy-tokenizer", "-j", threads]
         environment = plain_environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=threads)
         return run_measured(command, environment, self._folder)
+
+    def _plan(self) -> list[dict[str, float]]:
+        """Processor time of planning two mixtures of experts, one with four times the tensors."""
+        found = []
+        for layers in PLANNED_LAYERS:
+            folder = self._folder / f"mixture-{layers}"
+            models = [write_sparse_mixture(folder / name, layers) for name in ("base", "a", "b")]
+            recipe = self._folder / "recipe.yaml"
+            document = {
+                "merge_method": "ties",
+                "base_model": str(models[0]),
+                "models": [{"model": str(model)} for model in models[1:]],
+            }
+            recipe.write_text(json.dumps(document))
+            command = [sys.executable, "-m", "service.cli", "plan", recipe, "--json"]
+            command += ["--output", self._folder / "planned"]
+            cost = run_measured(command, plain_environment(), _REPOSITORY)
+            found.append({"tensors": 768 * layers, "cpu_seconds": cost.cpu_seconds})
+        return found
 
     def _floor(self, experts: Sequence[Path], linear: dict[str, Any]) -> dict[str, float]:
         """Reading the experts and writing one of them, and what share that is of a merge."""

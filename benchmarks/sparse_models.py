@@ -43,10 +43,31 @@ SHAPES = {
 
 def write_sparse_model(folder: Path, shape: Shape) -> Path:
     """Write a checkpoint whose weights are zeros, in files of 5 GB; returns the folder."""
+    return _write(folder, shape, _tensors(shape))
+
+
+def write_sparse_mixture(folder: Path, layers: int) -> Path:
+    """Likewise one of the shapes of DeepSeek V3: 256 experts in each layer, 768 tensors."""
+    hidden, inner = 7168, 2048
+    shapes = {
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    tensors = [
+        (f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight", shape)
+        for layer in range(layers)
+        for expert in range(256)
+        for name, shape in shapes.items()
+    ]
+    return _write(folder, Shape(hidden, inner, layers, 128, 129280), tensors)
+
+
+def _write(folder: Path, shape: Shape, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> Path:
     folder.mkdir(parents=True)
     files: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     room = _FILE_BYTES
-    for name, dims in _tensors(shape):
+    for name, dims in tensors:
         size = math.prod(dims) * _ITEM_BYTES
         if size > room and files[-1]:
             files.append([])
@@ -62,7 +83,7 @@ def write_sparse_model(folder: Path, shape: Shape) -> Path:
             file.write(header)
             file.truncate(len(header) + size)
         weight_map |= {name: file_name for name, _, _ in entries}
-    total = sum(math.prod(dims) * _ITEM_BYTES for _, dims in _tensors(shape))
+    total = sum(math.prod(dims) * _ITEM_BYTES for _, dims in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(

@@ -118,7 +118,7 @@ class _Joined:
             settings=tuple(setting for plan in self._plans for setting in plan.settings),
             shards=tuple(self._shards),
             warnings=tuple(self._warnings),
-            totals=sum_up(self._shards),
+            totals=sum_up(self._shards, self._made, self._plans[-1].output_uri),
         )
 
     def _moved_file(self, file: SourceFile, plan: Plan, first_shard: int) -> SourceFile:

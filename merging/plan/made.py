@@ -157,6 +157,10 @@ class MadeStorage(Storage):
         """As of any storage."""
         return self._storage.open_writer(uri, size)
 
+    def writer_bytes(self, uri: str, size: int) -> int:
+        """As of any storage."""
+        return self._storage.writer_bytes(uri, size)
+
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """As of any storage."""
         return self._storage.copy(source, target, version=version)

@@ -155,7 +155,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         config=tokenizer.adapt_config(config) if config else {},
         companions=companions,
         warnings=tuple(warnings),
-        totals=sum_up(shards),
+        totals=sum_up(shards, storage, output_uri),
         device_memory_budget=options.device_memory_budget,
         variants=variants,
         chat_template=chat_template,

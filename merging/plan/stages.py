@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 from merging.plan.plan import Plan, Shard, Totals
+from merging.storage.base import Storage
 
 
 def shards_needed(plan: Plan) -> list[frozenset[int]]:
@@ -39,15 +40,25 @@ def shards_left(plan: Plan, done: Container[int]) -> set[int]:
     return left
 
 
-def sum_up(shards: Sequence[Shard]) -> Totals:
-    """Sums over all shards of a plan."""
+def sum_up(shards: Sequence[Shard], storage: Storage, output_uri: str) -> Totals:
+    """Sums over all shards of a plan; the writers' buffers count where the output goes.
+
+    Args:
+        shards: All of them.
+        storage: Where the output goes.
+        output_uri: Its address.
+    """
     problems = [problem for shard in shards for problem in shard.problems]
     return Totals(
         tensors=sum(len(shard.problems) for shard in shards if shard.is_output),
         bytes_read=sum(shard.bytes_read for shard in shards),
         bytes_written=sum(shard.bytes_written for shard in shards),
         flops=sum(problem.flops for problem in problems),
-        max_host_bytes=max(problem.host_bytes for problem in problems),
+        max_host_bytes=max(
+            max(problem.host_bytes for problem in shard.problems)
+            + shard.num_files * storage.writer_bytes(output_uri, shard.size)
+            for shard in shards
+        ),
         max_device_bytes=max(problem.device_bytes for problem in problems),
         bytes_intermediate=sum(shard.size for shard in shards if not shard.is_output),
     )

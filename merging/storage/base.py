@@ -94,6 +94,9 @@ class Storage(Protocol):
     def open_writer(self, uri: str, size: int) -> Writer:
         """Begin a streamed write of exactly ``size`` bytes."""
 
+    def writer_bytes(self, uri: str, size: int) -> int:
+        """Most host memory that the writer of so many bytes will hold."""
+
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """Copy one object, server-side where both ends allow it."""
 

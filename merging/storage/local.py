@@ -107,6 +107,10 @@ class LocalStorage:
         """See :meth:`Storage.open_writer`."""
         return LocalWriter(self.normalise(uri), size)
 
+    def writer_bytes(self, uri: str, size: int) -> int:  # noqa: ARG002 - the same for all
+        """See :meth:`Storage.writer_bytes`."""
+        return LocalWriter.buffer_bytes
+
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """See :meth:`Storage.copy`; shares the blocks where the file system can."""
         source = self.normalise(source)

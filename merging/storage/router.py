@@ -92,6 +92,11 @@ class Router:
         backend, uri = self._route(uri)
         return backend.open_writer(uri, size)
 
+    def writer_bytes(self, uri: str, size: int) -> int:
+        """See :meth:`Storage.writer_bytes`."""
+        backend, uri = self._route(uri)
+        return backend.writer_bytes(uri, size)
+
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """See :meth:`Storage.copy`; between two kinds of storage the bytes pass through here."""
         source_backend, source = self._route(source)

@@ -19,7 +19,13 @@ from merging.storage.base import ObjectStat, Writer
 from merging.storage.retry import RetryPolicy
 from merging.storage.s3_connection import WRITER_MARK, Location, S3Connection, etag_of
 from merging.storage.s3_errors import worded
-from merging.storage.s3_writer import MultipartUpload, S3Writer, abort_upload
+from merging.storage.s3_writer import (
+    MultipartUpload,
+    S3Writer,
+    abort_upload,
+    num_buffers,
+    part_bytes,
+)
 
 _SLICE_BYTES = 1 << 20  # the SDK buffers what one call asks for, so ask for little at a time
 _COPY_LIMIT_BYTES = 5 * 10**9  # a single CopyObject takes at most 5 GB
@@ -138,6 +144,10 @@ class S3Storage:
     def open_writer(self, uri: str, size: int) -> Writer:
         """See :meth:`Storage.open_writer`."""
         return S3Writer(self._connection, _object(uri), size)
+
+    def writer_bytes(self, uri: str, size: int) -> int:  # noqa: ARG002 - the same for all
+        """See :meth:`Storage.writer_bytes`."""
+        return num_buffers(size) * min(size, part_bytes(size))
 
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """See :meth:`Storage.copy`; the bytes stay inside the server."""

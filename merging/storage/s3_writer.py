@@ -25,6 +25,11 @@ def part_bytes(size: int) -> int:
     return max(_MIN_PART_BYTES, math.ceil(size / _MAX_PARTS))
 
 
+def num_buffers(size: int) -> int:
+    """Of part length, for writing an object of ``size`` bytes: one more than upload threads."""
+    return min(max(1, math.ceil(size / part_bytes(size))), _UPLOAD_THREADS + 1)
+
+
 class MultipartUpload:
     """An object that is put together from numbered parts. Parts may come from many threads.
 
@@ -165,15 +170,12 @@ class S3Writer:
         self._size = size
         self._written = 0
         self._part_size = min(size, part_bytes(size))
-        self._num_buffers = 1
         self._upload: MultipartUpload | None = None
         self._threads: _PartThreads | None = None
         if size > self._part_size:
-            num_parts = math.ceil(size / self._part_size)
-            self._num_buffers = min(num_parts, _UPLOAD_THREADS + 1)
             self._upload = MultipartUpload(connection, at)
-            self._threads = _PartThreads(self._upload, self._part_size, self._num_buffers)
-        self.buffer_bytes = self._num_buffers * self._part_size
+            self._threads = _PartThreads(self._upload, self._part_size, num_buffers(size))
+        self.buffer_bytes = num_buffers(size) * self._part_size
         self._part: bytearray | None = None
         self._is_open = True
 

@@ -275,6 +275,13 @@ def test_a_writer_holds_no_more_than_it_says(storage: Storage, folder: str) -> N
         assert writer.buffer_bytes <= 1000
 
 
+@pytest.mark.parametrize("size", [1000, 20 * MIB, 100 * MIB])
+def test_what_a_writer_will_hold_is_known_before(storage: Storage, folder: str, size: int) -> None:
+    uri = f"{folder}/object"
+    with storage.open_writer(uri, size) as writer:
+        assert storage.writer_bytes(uri, size) == writer.buffer_bytes
+
+
 def test_of_many_racing_creators_exactly_one_wins(storage: Storage, folder: str) -> None:
     uri = f"{folder}/claim"
     start = threading.Barrier(8)

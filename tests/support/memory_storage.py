@@ -93,6 +93,10 @@ class MemoryStorage:
         """See :meth:`merging.storage.base.Storage.open_writer`."""
         return MemoryWriter(self, self.normalise(uri), size)
 
+    def writer_bytes(self, uri: str, size: int) -> int:
+        """See :meth:`merging.storage.base.Storage.writer_bytes`."""
+        return 0
+
     def copy(self, source: str, target: str, *, version: str) -> ObjectStat:
         """See :meth:`merging.storage.base.Storage.copy`."""
         data, _ = self._find("copy", source, version)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks import precision, service, solver
+from benchmarks import merge, precision, service, solver
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,23 @@ def test_benchmarks_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[st
     assert any(line.startswith("solver ") and line.endswith(".") for line in lines)
     assert not any(line.startswith(("records", "__main__")) for line in lines)
     assert benchmarks.__main__.main(["nothing"]) == 2
+
+
+@pytest.mark.slow
+def test_merges_are_measured_as_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mergekit's side needs an environment of its own; ``make parity`` makes one."""
+    path = tmp_path / "merge.json"
+    options = ["--layers", "0", "--vocab", "512", "--ours-only", "--folder", str(tmp_path)]
+    merge.main([*options, "--methods", "linear", "slerp", "--json", str(path)])
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["methods"]["slerp"]["bytes"]["read"] == 2 * figures["model_bytes"]
+    for sides in (figures["starting"], *figures["methods"].values()):
+        assert sides["ours"]["cpu_seconds"] > 0
+        assert sides["ours"]["peak_bytes"] > sides["ours"]["peak_anonymous_bytes"] > 1e7
+    assert 0 < figures["floor"]["share_of_cpu"] < 1
+    assert "task_arithmetic" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
