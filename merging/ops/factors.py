@@ -11,6 +11,7 @@ import torch
 
 from merging.ops.layers import as_layer, new_task_vector, write_task_vector
 from merging.ops.low_rank import Adapter, Expert
+from merging.ops.problem import norm_of
 from merging.ops.spectral_merge import leading_triplets, without_rounding
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -92,9 +93,9 @@ def _keep_largest(M: torch.Tensor, density: float) -> torch.Tensor:
 
 def _factor(T: torch.Tensor, rank: int) -> Factors:
     """Balanced factors of a task vector; the largest entry of each column of B is positive."""
+    if norm_of(T) == 0:
+        return T[:, :0], T[:0]
     part = without_rounding(leading_triplets(T, rank))
-    if not len(part.values):
-        return part.left, part.right
     largest = part.left.gather(0, part.left.abs().argmax(dim=0, keepdim=True))
     roots = part.values.sqrt() * largest[0].sign()
     return part.left * roots, roots[:, None] * part.right

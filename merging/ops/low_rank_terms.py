@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from merging.ops.blocks import inner_product
 from merging.ops.gram_form import GramProblem
 from merging.ops.layers import new_task_vector, write_task_vector
 from merging.ops.low_rank import Expert
+from merging.ops.problem import norm_of
 from merging.ops.truncation import truncate
 
 
@@ -33,7 +32,7 @@ def read_low_rank_terms(
     problem = GramProblem(T)
     for expert in experts:
         write_task_vector(T, base, expert, transposed=transposed)
-        problem.norms.append(math.sqrt(inner_product(T, T)))
+        problem.norms.append(norm_of(T))
         problem.total.add_(T)
     num_nonzero = problem.num_nonzero
     if not num_nonzero:

@@ -45,6 +45,18 @@ class SolveError(Exception):
     """A problem that cannot be solved with these parameters; the text says why."""
 
 
+def norm_of(T: torch.Tensor) -> float:
+    """‖T‖_F of a task vector (contiguous).
+
+    Raises:
+        SolveError: It is not finite: nothing that is solved with it would mean anything.
+    """
+    norm = math.sqrt(inner_product(T, T))
+    if not math.isfinite(norm):
+        raise SolveError("a task vector holds values that are not finite")
+    return norm
+
+
 class LayerProblem(ABC):
     """A layer's problem, which has been read or is being summed up.
 
@@ -135,7 +147,7 @@ class DenseProblem(LayerProblem):
 
         A zero one has no weight and takes no part.
         """
-        norm = math.sqrt(inner_product(T, T))
+        norm = norm_of(T)
         self.norms.append(norm)
         if norm == 0:
             return

@@ -13,6 +13,7 @@ from merging.ops.layer_method import LayerTask
 from merging.ops.layers import naming, new_task_vector, write_task_vector
 from merging.ops.low_rank import Expert
 from merging.ops.precision import float32_products
+from merging.ops.problem import norm_of
 
 
 @dataclass(slots=True)
@@ -71,11 +72,11 @@ def read_task_sums(
             sums = TaskSums(torch.zeros_like(T), torch.zeros_like(T))
         write_task_vector(T, base, expert, transposed=transposed)
         del expert  # its memory may be used again from here on
-        squared = inner_product(T, T)
-        sums.norms.append(squared**0.5)
-        if squared > 0:
+        norm = norm_of(T)
+        sums.norms.append(norm)
+        if norm * norm > 0:
             sums.total.add_(T)
-            sums.weighted.add_(T, alpha=1 / squared)
+            sums.weighted.add_(T, alpha=1 / (norm * norm))
             if visit is not None:
                 visit(T)
     assert sums is not None, "recipes without experts are refused"

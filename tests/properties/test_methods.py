@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from merging.errors import NumericalError
 from merging.method import Parameters, all_methods
 from tests.support.tensors import make_models, merge
 
 METHODS = sorted(all_methods())
 ELEMENTWISE = [name for name in METHODS if all_methods()[name].separable == "elementwise"]
+BY_MATRICES = [name for name in METHODS if all_methods()[name].default_touch == "linear"]
 BY_ROWS = [name for name in METHODS if all_methods()[name].separable == "rows"]
 SYMMETRIC = [name for name in METHODS if all_methods()[name].symmetric]
 
@@ -199,6 +201,20 @@ def test_any_shape_works(method_name: str, shape: tuple[int, ...]) -> None:
     merged = _merge(method_name, base, experts)
     assert merged.shape == base.shape
     assert torch.isfinite(merged).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method_name", BY_MATRICES)
+def test_what_is_not_finite_is_refused_by_name_or_shows(method_name: str, value: float) -> None:
+    """Where the check of inputs is switched off."""
+    base, experts = _make(method_name, 3)
+    experts[-1][2, 3] = value
+    told = ""
+    try:
+        merged = _merge(method_name, base, experts, tensor_name="model.w.weight")
+    except NumericalError as error:
+        told = error.detail
+    assert "'model.w.weight'" in told or not torch.isfinite(merged).all()
 
 
 @pytest.mark.parametrize("method_name", METHODS)
