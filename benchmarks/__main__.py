@@ -22,13 +22,14 @@ HELPERS = frozenset(
 
 def main(arguments: list[str]) -> int:
     """List, or run; the exit status."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    known = {file.stem: file for file in files if file.stem not in HELPERS}
+    folder = Path(__file__).parent
+    files = {path.stem: path for path in folder.glob("*.py") if path.stem not in HELPERS}
+    known = files | {path.parent.name: path for path in folder.glob("*/__main__.py")}
     if arguments and arguments[0] in known:
         sys.argv = [f"benchmarks.{arguments[0]}", *arguments[1:]]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         return 0
-    for name, file in known.items():
+    for name, file in sorted(known.items()):
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         print(f"{name:12} {text.splitlines()[0]}")
     print("\nRun one: python -m benchmarks NAME [options]; --help lists its options.")
