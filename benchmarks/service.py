@@ -16,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _READS = (
     ("/v1/jobs/counts", 5),
 )
 _SAMPLE_SECONDS = 5.0
+_TRIES = 5
 _ENDED = ("succeeded", "failed", "cancelled")
 _COLUMNS = {
     "seconds": 0,
@@ -67,6 +68,7 @@ class Load:
         chosen: How much of everything.
         ids: Of the jobs that were accepted.
         latencies: By kind of request.
+        failures: Requests that came to nothing, by kind.
         lately: Of reads, since this was last emptied.
         streams: Event streams that were opened.
         events: That watchers received.
@@ -78,7 +80,7 @@ class Load:
     ids: list[str] = field(default_factory=list)
     latencies: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     lately: list[float] = field(default_factory=list)
-    failures: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     streams: int = 0
     events: int = 0
 
@@ -96,10 +98,14 @@ class Load:
             "recipe": {"merge_method": "linear", "models": models},
             "output_uri": str(self.folder / "outputs" / str(number)),
         }
-        async with self.session.post("/v1/jobs", json=body) as answer:
-            answer.raise_for_status()
-            self.ids.append((await answer.json())["id"])
-        self.latencies["submit"].append(time.perf_counter() - due)
+        headers = {"Idempotency-Key": str(number)}  # so that another try makes no second job
+        for _ in range(_TRIES):
+            with self._counted_failures():
+                async with self.session.post("/v1/jobs", json=body, headers=headers) as answer:
+                    answer.raise_for_status()
+                    self.ids.append((await answer.json())["id"])
+                self.latencies["submit"].append(time.perf_counter() - due)
+                return
 
     async def read(self) -> None:
         """Requests at their rate, until cancelled."""
@@ -112,12 +118,13 @@ class Load:
 
     async def _read_one(self, route: str, due: float) -> None:
         path = route.replace("{id}", random.choice(self.ids[-1000:]))
-        async with self.session.get(path) as answer:
-            await answer.read()
-            self.failures += answer.status != 200
-        taken = time.perf_counter() - due
-        self.latencies[route].append(taken)
-        self.lately.append(taken)
+        with self._counted_failures():
+            async with self.session.get(path) as answer:
+                answer.raise_for_status()
+                await answer.read()
+            taken = time.perf_counter() - due
+            self.latencies[route].append(taken)
+            self.lately.append(taken)
 
     async def watch(self) -> None:
         """Follow the newest job to its end, then the newest then, until cancelled."""
@@ -129,10 +136,19 @@ class Load:
                 continue
             last = self.ids[-1]
             path = f"/v1/jobs/{last}/events"
-            async with self.session.get(path, headers=headers) as stream:
-                self.streams += 1
-                async for line in stream.content:
-                    self.events += line.startswith(b"data:")
+            with self._counted_failures():
+                async with self.session.get(path, headers=headers) as stream:
+                    stream.raise_for_status()
+                    self.streams += 1
+                    async for line in stream.content:
+                        self.events += line.startswith(b"data:")
+
+    @contextmanager
+    def _counted_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except aiohttp.ClientError as error:
+            self.failures[f"{type(error).__name__} {getattr(error, 'status', '')}".strip()] += 1
 
     async def jobs_done(self) -> int:
         """Jobs that have ended."""
@@ -173,7 +189,8 @@ class Observer:
         done = 0
         while done < jobs and self._last["seconds"] < seconds:
             await asyncio.sleep(_SAMPLE_SECONDS)
-            done = await self._load.jobs_done()
+            with suppress(aiohttp.ClientError):  # the next line will tell
+                done = await self._load.jobs_done()
             self._tell(self._totals(done))
         return done >= jobs
 
@@ -253,7 +270,7 @@ def _figures(load: Load, observer: Observer, *, is_whole: bool) -> dict[str, Any
         "jobs": {"asked": load.chosen.jobs, "accepted": len(load.ids), "done": int(done)},
         "seconds": observer.samples[-1]["seconds"],
         **{name: round(value, 3) for name, value in observer.summary().items()},
-        "reads_failed": load.failures,
+        "failures": load.failures,
         "all_reads": _percentiles(reads),
         **{kind: _percentiles(values) for kind, values in sorted(load.latencies.items())},
         "load_average": os.getloadavg(),
