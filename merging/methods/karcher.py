@@ -95,7 +95,7 @@ def karcher_cost(geometry: Geometry, parameters: KarcherParameters) -> Cost:
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 4),
+        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 5),
     )
 
 

@@ -76,7 +76,7 @@ def model_stock_cost(geometry: Geometry, parameters: ModelStockParameters) -> Co
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 4),
+        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 5),
     )
 
 

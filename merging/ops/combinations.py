@@ -105,19 +105,21 @@ def combine(
     start = None if origin is None else _vectors(origin, by_rows=by_rows)
     merged = result_for(tensors[0], dtype, out).view(views[0].shape)
     size = min(block_size(merged.device), merged.numel())
-    scratch = torch.empty((2, size), dtype=dtype, device=merged.device)
+    scratch = torch.empty((3, size), dtype=dtype, device=merged.device)
     weights = weights.to(dtype)
     for block in _blocks(merged):
         target = merged[block]
-        total, term = (flat[: target.numel()].view(target.shape) for flat in scratch)
+        total, term, begin = (flat[: target.numel()].view(target.shape) for flat in scratch)
+        if start is not None:
+            begin.copy_(start[block])
         total.zero_()
         for number, view in enumerate(views):
             term.copy_(view[block])
             if start is not None:
-                term.sub_(start[block].to(dtype))
+                term.sub_(begin)
             total.add_(term.mul_(weights[block[0], number, None]))
         if start is not None:
-            total.add_(start[block].to(dtype))
+            total.add_(begin)
         target.copy_(total)
     return merged.reshape(tensors[0].shape)
 
