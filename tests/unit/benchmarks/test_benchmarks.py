@@ -90,9 +90,18 @@ def test_the_service_records_what_readers_and_watchers_saw(tmp_path: Path) -> No
     )
     figures = json.loads(path.read_text())["figures"]
     assert figures["shards"].startswith("stub")
-    assert figures["reads_failed"] == 0
+    assert figures["ended"] == "all jobs were done"
+    assert figures["jobs"] == {"asked": 6, "accepted": 6, "done": 6}
+    assert figures["failures"] == {}
     assert figures["events_per_second"] > 0
-    assert (
-        figures["milliseconds"]["all reads"]["p99"] >= figures["milliseconds"]["all reads"]["p50"]
-    )
-    assert figures["memory"][-1]["jobs_done"] == 6
+    assert figures["all_reads"]["p99_ms"] >= figures["all_reads"]["p50_ms"] > 0
+    assert figures["lines"][-1]["jobs_done"] == 6
+
+
+def test_a_load_that_time_cuts_short_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "service.json"
+    arguments = ["--jobs", "100000", "--jobs-per-second", "1", "--watchers", "1", "--seconds", "1"]
+    service.main([*arguments, "--reads-per-second", "5", "--json", str(path)])
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["ended"] == "time was up"
+    assert figures["jobs"]["done"] <= figures["jobs"]["accepted"] < figures["jobs"]["asked"]
