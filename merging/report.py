@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from merging.method import get_method
+from merging.method import MergeMethod, get_method
 from merging.plan.plan import Plan, Problem
 from merging.plan.timing import shard_seconds
 from merging.plan.wording import shorten_list
@@ -269,15 +269,22 @@ def hub_name(uri: str) -> str | None:
     return None if match is None else match.group(1).replace("--", "/", 1)
 
 
+def _methods(plan: Plan) -> list[MergeMethod]:
+    """The methods of a merge, each once: of several documents in the order of their steps."""
+    documents = plan.recipe.get("documents", ())
+    names = dict.fromkeys([*(one["merge_method"] for one in documents), plan.method])
+    return [get_method(name) for name in names]
+
+
 def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """The model card: front matter that hubs read, lineage, and the full recipe."""
-    method = get_method(plan.method)
+    methods = _methods(plan)
     num_experts = sum(item.role == "expert" for item in plan.inputs)
     is_adapter = plan.adapter_config is not None
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
     if any(name.endswith("ForCausalLM") for name in plan.config.get("architectures") or ()):
         front["pipeline_tag"] = "text-generation"
-    front["tags"] = ["merge", "mergeyard", plan.method]
+    front["tags"] = ["merge", "mergeyard", *(method.name for method in methods)]
     models = [item.uri for item in plan.inputs if item.role == "base" or not is_adapter]
     parents = [name for uri in models if (name := hub_name(uri)) is not None]
     if parents:
@@ -288,17 +295,17 @@ def model_card(plan: Plan, report: dict[str, Any]) -> str:
     )
     recipe = yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
     name = plan.output_uri.rstrip("/").rsplit("/", 1)[-1]
+    titles = ", then ".join(f"**{method.title}**" for method in methods)
+    told = "\n\n".join(f"{method.summary}\n\nSource: {method.source}" for method in methods)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {name}
 
-A merge of {num_experts} models by **{method.title}**, made with Mergeyard without further
+A merge of {num_experts} models by {titles}, made with Mergeyard without further
 training.
 
-{method.summary}
-
-Source: {method.source}
+{told}
 
 ## Inputs
 

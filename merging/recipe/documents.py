@@ -40,7 +40,8 @@ def read_documents(data: Mapping[str, Any], read: Read) -> tuple[Recipe | None, 
         detail = f"A recipe of several documents has nothing beside {KEY!r}."
         return None, [Fault("", "invalid_recipe", detail)]
     if not isinstance(raw, list) or not 0 < len(raw) <= MAX_DOCUMENTS:
-        detail = f"{KEY!r} is a list of 1 to {MAX_DOCUMENTS} recipes, not {shorten(raw)}."
+        given = len(raw) if isinstance(raw, list) and raw else shorten(raw)
+        detail = f"{KEY!r} is a list of 1 to {MAX_DOCUMENTS} recipes, not {given}."
         return None, [Fault(f"/{KEY}", "invalid_recipe", detail)]
     documents: list[Recipe] = []
     for number, item in enumerate(raw):
@@ -126,7 +127,7 @@ class _Joining:
                 )
 
     def _order(self, document: Recipe, above: tuple[Recipe, ...]) -> None:
-        """Add a document after those that it needs."""
+        """Add a document after those that it needs; the first circle ends the search."""
         if document in self._ordered:
             return
         chain = (*above, document)
@@ -139,6 +140,8 @@ class _Joining:
                 self._refuse(reference.pointer, f"Documents need each other in a circle: {names}.")
                 return
             self._order(needed, chain)
+            if self._faults:
+                return
         self._ordered.append(document)
 
 
@@ -153,5 +156,8 @@ def _references(document: Recipe) -> Iterator[_Reference]:
             found.setdefault(section.base_model, f"{section.owner}/base_model")
     if document.base_model is not None:
         found.setdefault(document.base_model, "/base_model")
+    if document.tokenizer is not None:
+        for address, pointer in document.tokenizer.models():
+            found.setdefault(address, pointer)
     for address, pointer in found.items():
         yield _Reference(address, document.pointer + pointer)

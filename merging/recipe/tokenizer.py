@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,14 @@ class TokenizerChoice:
     def pointer(self) -> str:
         """JSON pointer to the source."""
         return "/tokenizer/source" if self.key == "tokenizer" else f"/{self.key}"
+
+    def models(self) -> Iterator[tuple[str, str]]:
+        """The addresses of models that it names, and where each stands."""
+        if self.source not in SOURCE_WORDS:
+            yield self.source, self.pointer
+        for token, choice in self.tokens.items():
+            if choice.model is not None:
+                yield choice.model, f"/tokenizer/tokens/{escape_pointer(token)}/source"
 
     def plain(self) -> dict[str, Any]:
         """As the recipe's keys, in one form."""
@@ -146,7 +154,10 @@ class _Reader:
     def multiple(self, value: Any, pointer: str) -> int | None:
         if value is None or (type(value) is int and 0 < value <= _MAX_MULTIPLE):
             return value
-        detail = f"'pad_to_multiple_of' is a whole number from 1 on, not {shorten(value)}."
+        detail = (
+            f"'pad_to_multiple_of' is a whole number from 1 to {_MAX_MULTIPLE}, not"
+            f" {shorten(value)}."
+        )
         self.refuse(pointer, detail)
         return None
 

@@ -10,10 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from merging.local_run import run_plan
+from merging.method import get_method
+from merging.options import MergeOptions
+from merging.plan.planner import make_plan
+from merging.recipe import parse_recipe
 from merging.report import CARD_NAME, hub_name
 from merging.storage.router import open_storage
 from tests.support.checkpoints import Family, make_family
-from tests.support.merges import plan_merge
+from tests.support.merges import plan_merge, recipe
 
 CACHE = "models--{}/snapshots/0123abcd"
 
@@ -44,6 +48,19 @@ def test_models_of_the_hub_are_shown_as_parents_of_the_merge(tmp_path: Path) -> 
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["merge", "mergeyard", "task_arithmetic"]
+
+
+def test_the_card_of_several_documents_names_the_methods_of_all_steps(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "models", num_experts=2)
+    storage = open_storage()
+    first = {**recipe(family, "ties"), "name": "first"}
+    last = {"merge_method": "linear", "models": [{"model": "first"}]}
+    documents = parse_recipe({"documents": [first, last]})
+    run_plan(make_plan(documents, storage, MergeOptions(), str(tmp_path / "out")), storage)
+    card = read_card(tmp_path / "out")
+    assert card.data.tags == ["merge", "mergeyard", "ties", "linear"]
+    titles = [get_method(name).title for name in ("ties", "linear")]
+    assert f"by **{titles[0]}**, then **{titles[1]}**, made" in card.text
 
 
 def test_other_models_stand_in_the_text_only(tmp_path: Path) -> None:

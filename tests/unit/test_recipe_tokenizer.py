@@ -87,7 +87,7 @@ def test_embeddings_of_tokens_are_read_and_written_in_one_form() -> None:
             (
                 {"tokenizer": {"pad_to_multiple_of": n}},
                 "/tokenizer/pad_to_multiple_of",
-                ["from 1 on"],
+                ["from 1 to 65536"],
             )
             for n in (0, 1.5, True, "8")
         ),

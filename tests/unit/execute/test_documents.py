@@ -190,6 +190,25 @@ def test_vocabularies_grow_from_document_to_document(tmp_path: Path) -> None:
     torch.testing.assert_close(head[1], (a + 2 * own["c"][2]) / 3)
 
 
+def test_a_tokenizer_is_taken_from_a_document_that_is_not_merged(tmp_path: Path) -> None:
+    for seed, (name, words) in enumerate({"a": "abc", "b": "abd"}.items()):
+        write_model(tmp_path / name, ["<unk>", *words], ["</s>"], seed=seed)
+    models = [tmp_path / "a", tmp_path / "b"]
+    documents = (
+        linear(models[0], tokenizer_source="both"),
+        linear(*models, name="both", tokenizer_source="union"),
+    )
+    merge(tmp_path / "out", *documents)
+    merge(tmp_path / "apart/both", linear(*models, tokenizer_source="union"))
+    merge(
+        tmp_path / "apart/last",
+        linear(models[0], tokenizer_source=str(tmp_path / "apart/both")),
+    )
+    assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "apart/last")
+    written = (tmp_path / "out/tokenizer.json").read_text()
+    assert written == (tmp_path / "apart/last/tokenizer.json").read_text()
+
+
 def test_what_is_wrong_is_told_of_the_document(tmp_path: Path, family: Family) -> None:
     a, b, _ = family.experts
     with pytest.raises(MergeError) as caught:
@@ -222,6 +241,20 @@ def test_what_is_wrong_is_told_of_the_document(tmp_path: Path, family: Family) -
         ([{"in": [""]}], "/documents/0/models/0/model", "A model is a path"),
         ([3], "/documents/0", "a recipe, not 3"),
         ([], "/documents", "a list of 1 to 50"),
+        ([{"in": ["./a"], "name": f"n{i}"} for i in range(51)], "/documents", "not 51"),
+        (
+            [{"in": ["./a"], "name": "left"}, {"in": ["left"], "tokenizer_source": "lefft"}],
+            "/documents/1/tokenizer_source",
+            "Did you mean 'left'",
+        ),
+        (
+            [
+                {"in": ["./a"], "name": "x", "tokenizer": {"tokens": {"a/b": {"source": "y"}}}},
+                {"in": ["x"], "name": "y"},
+            ],
+            "/documents/0/tokenizer/tokens/a~1b/source",
+            "circle: y → x → y",
+        ),
     ],
 )
 def test_malformed_documents_are_refused_by_field(
@@ -236,6 +269,15 @@ def test_malformed_documents_are_refused_by_field(
     found = [fault for fault in caught.value.faults if fault.pointer == pointer]
     assert found, caught.value.faults
     assert text in found[0].detail
+
+
+def test_the_first_of_many_circles_is_told() -> None:
+    """Every document needs the two after it and the first: there are some 10¹⁰ ways around."""
+    documents = [linear(f"n{i + 1}", f"n{i + 2}", "n0", name=f"n{i}") for i in range(48)]
+    documents += [linear("./a", name="n48"), linear("./a", name="n49")]
+    with pytest.raises(RecipeError, match="circle: n0 → ") as caught:
+        parse_recipe({"documents": [*documents[1:], documents[0]]})
+    assert len(caught.value.faults) == 1
 
 
 def test_nothing_stands_beside_documents() -> None:
