@@ -165,6 +165,17 @@ _CLASSES: dict[str, type[MergeError]] = {
 }
 
 
+def at_place(error: MergeError, pointer: str) -> MergeError:
+    """The same error, of one place in the recipe."""
+    return type(error)(
+        error.detail,
+        code=error.code,
+        faults=[Fault(pointer, error.code, error.detail)],
+        retryable=error.retryable,
+        context=error.context,
+    )
+
+
 def error_from_dict(data: Mapping[str, Any]) -> MergeError:
     """Rebuild an error from :meth:`MergeError.to_dict`; unknown types become ``MergeError``."""
     cls = _CLASSES.get(str(data.get("type")), MergeError)

@@ -9,7 +9,7 @@ need it as soon as it is there, and goes when the last result is published.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -17,8 +17,8 @@ from merging.errors import Fault, MergeError, RecipeError
 from merging.options import MergeOptions
 from merging.plan.made import MadeStorage
 from merging.plan.packing import made_file
-from merging.plan.plan import Plan, Problem, Shard, Source, SourceFile
-from merging.plan.stages import sum_up
+from merging.plan.plan import Plan, Problem, Shard, SourceFile
+from merging.plan.stages import sum_up, with_files_at, without_idle_shards
 from merging.recipe import Recipe
 from merging.storage.base import Storage
 
@@ -42,7 +42,7 @@ def plan_documents(
             raise _within(document.pointer, error) from error
         if document.name is not None and not is_last:
             made.add(document.name, plan)
-    return joined.plan(recipe)
+    return without_idle_shards(joined.plan(recipe), storage)
 
 
 def _within(pointer: str, error: MergeError) -> MergeError:
@@ -140,13 +140,5 @@ class _Joined:
         return SourceFile(companion.source_uri, file.size, companion.version)
 
     def _moved(self, problem: Problem, first_file: int) -> Problem:
-        def move(sources: Sequence[Source]) -> tuple[Source, ...]:
-            return tuple(msgspec.structs.replace(s, file=s.file + first_file) for s in sources)
-
-        return msgspec.structs.replace(
-            problem,
-            setting=problem.setting + self._num_settings,
-            base=move([problem.base])[0] if problem.base else None,
-            experts=move(problem.experts),
-            given=move(problem.given),
-        )
+        moved = with_files_at(problem, lambda number: number + first_file)
+        return msgspec.structs.replace(moved, setting=problem.setting + self._num_settings)

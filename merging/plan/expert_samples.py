@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from merging.checkpoint.index import CheckpointIndex
-from merging.errors import RecipeError
+from merging.errors import RecipeError, StorageError, at_place
 from merging.plan.images import Images, is_vision, read_images
 from merging.plan.plan import Source, SourceFile
 from merging.plan.problems import ProblemBuilder
@@ -32,13 +32,16 @@ def read_expert_samples(
 
     Raises:
         RecipeError: ``bad_parameter``: bad samples.
-        StorageError: They cannot be read.
+        StorageError: They cannot be read; with the place in the recipe.
     """
-    if is_vision(index.config):
-        return read_images(settings, storage, pointer, index)
     vocab = index.config.get("vocab_size")
     vocab_size = vocab if isinstance(vocab, int) else None
-    return read_samples(settings, storage, pointer, vocab_size=vocab_size)
+    try:
+        if is_vision(index.config):
+            return read_images(settings, storage, pointer, index)
+        return read_samples(settings, storage, pointer, vocab_size=vocab_size)
+    except StorageError as error:
+        raise at_place(error, pointer) from error
 
 
 def tokenizer_files(

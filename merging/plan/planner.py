@@ -42,7 +42,7 @@ from merging.plan.plan import (
 )
 from merging.plan.problems import ProblemBuilder
 from merging.plan.reading import read_inputs
-from merging.plan.stages import sum_up
+from merging.plan.stages import sum_up, without_idle_shards
 from merging.plan.staging import Staging
 from merging.plan.statistics import add_statistics
 from merging.plan.tensors import check_tensors, unmatched_filters
@@ -137,7 +137,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         f"The filter {name!r} is part of no tensor's name and has no effect."
         for name in unmatched_filters(builder.settings.filters, _names(inputs))
     ]
-    return Plan(
+    plan = Plan(
         format=PLAN_FORMAT,
         recipe=recipe.normalised(),
         recipe_digest=recipe.digest,
@@ -162,6 +162,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         added_tokens=tokenizer.added_tokens,
         adapter_config=as_adapter.config if as_adapter else None,
     )
+    return without_idle_shards(plan, storage)
 
 
 def check_output_free(storage: Storage, output_uri: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
-from merging.plan.plan import Plan, Shard, Totals
+import msgspec
+
+from merging.plan.plan import Plan, Problem, Shard, Source, Totals
 from merging.storage.base import Storage
 
 
@@ -38,6 +40,54 @@ def shards_left(plan: Plan, done: Container[int]) -> set[int]:
             left.add(index)
             wanted += needed[index]
     return left
+
+
+def without_idle_shards(plan: Plan, storage: Storage) -> Plan:
+    """The plan without intermediate files that nothing reads.
+
+    Such are a base's embeddings in another order where the method takes the experts' mean, and
+    weights of a document that gives its tokenizer alone.
+    """
+    used = sorted(shards_left(plan, ()))
+    if len(used) == len(plan.shards):
+        return plan
+    numbers = {old: new for new, old in enumerate(used)}
+    files = [n for n, file in enumerate(plan.files) if file.shard is None or file.shard in numbers]
+    places = {old: new for new, old in enumerate(files)}
+    shards = tuple(
+        msgspec.structs.replace(
+            plan.shards[old],
+            index=new,
+            problems=tuple(
+                with_files_at(problem, places.__getitem__) for problem in plan.shards[old].problems
+            ),
+        )
+        for old, new in numbers.items()
+    )
+    kept = [plan.files[number] for number in files]
+    return msgspec.structs.replace(
+        plan,
+        files=tuple(
+            file if file.shard is None else msgspec.structs.replace(file, shard=numbers[file.shard])
+            for file in kept
+        ),
+        shards=shards,
+        totals=sum_up(shards, storage, plan.output_uri),
+    )
+
+
+def with_files_at(problem: Problem, place: Callable[[int], int]) -> Problem:
+    """The problem with its sources in files of other numbers."""
+
+    def move(sources: Sequence[Source]) -> tuple[Source, ...]:
+        return tuple(msgspec.structs.replace(s, file=place(s.file)) for s in sources)
+
+    return msgspec.structs.replace(
+        problem,
+        base=move([problem.base])[0] if problem.base else None,
+        experts=move(problem.experts),
+        given=move(problem.given),
+    )
 
 
 def sum_up(shards: Sequence[Shard], storage: Storage, output_uri: str) -> Totals:

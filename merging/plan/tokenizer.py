@@ -16,7 +16,7 @@ from merging.checkpoint.vocabulary import (
     is_tokenizer_file,
     read_tokenizer,
 )
-from merging.errors import Fault, MergeError, RecipeError
+from merging.errors import Fault, MergeError, RecipeError, at_place
 from merging.plan.inputs import Inputs
 from merging.plan.outputs import Companion
 from merging.plan.vocabulary import Vocabulary, text_configs, unite, vocabulary_tensors
@@ -224,13 +224,7 @@ class _Planner:
             uri = self._storage.normalise(address)
             return uri, {n: stat.version for n, stat in list_folder(self._storage, uri).items()}
         except MergeError as error:
-            raise type(error)(
-                error.detail,
-                code=error.code,
-                faults=[Fault(self._choice.pointer, error.code, error.detail)],
-                retryable=error.retryable,
-                context=error.context,
-            ) from error
+            raise at_place(error, self._choice.pointer) from error
 
     def _lack(self, uri: str, files: Mapping[str, str]) -> str:
         """What to do about a model without ``tokenizer.json``."""

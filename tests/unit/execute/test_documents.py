@@ -198,7 +198,8 @@ def test_a_tokenizer_is_taken_from_a_document_that_is_not_merged(tmp_path: Path)
         linear(models[0], tokenizer_source="both"),
         linear(*models, name="both", tokenizer_source="union"),
     )
-    merge(tmp_path / "out", *documents)
+    found = merge(tmp_path / "out", *documents)
+    assert not any("document" in shard.file_name for shard in found.shards), "read by nothing"
     merge(tmp_path / "apart/both", linear(*models, tokenizer_source="union"))
     merge(
         tmp_path / "apart/last",

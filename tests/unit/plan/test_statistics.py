@@ -141,8 +141,9 @@ def test_an_empty_file_is_refused(family: Family, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_an_error_of_storage(family: Family, tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match=r"none\.jsonl"):
+    with pytest.raises(MergeError, match=r"none\.jsonl") as caught:
         plan(document_of(family, data=str(tmp_path / "none.jsonl")), tmp_path)
+    assert [fault.pointer for fault in caught.value.faults] == ["/calibration"]
 
 
 def test_texts_need_a_tokenizer(family: Family, tmp_path: Path) -> None:
