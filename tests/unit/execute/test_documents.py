@@ -15,6 +15,7 @@ from merging.local_run import run_plan
 from merging.options import MergeOptions
 from merging.plan.plan import Plan
 from merging.plan.planner import make_plan
+from merging.plan.stages import shards_left
 from merging.recipe import parse_recipe
 from merging.recipe.document import load_document
 from merging.storage.router import open_storage
@@ -291,3 +292,21 @@ def test_several_documents_are_refused_where_one_is_expected() -> None:
         RecipeError, match=r"several YAML documents \(the second begins at line 2\)"
     ):
         load_document("a: 1\n---\nb: 2", [])
+
+
+def test_embeddings_that_nothing_reads_are_not_put_in_order(tmp_path: Path) -> None:
+    """The base's, where a method of matrices takes the mean of the experts' embeddings."""
+    for seed, (name, words) in enumerate({"base": "ab", "one": "bax", "two": "xab"}.items()):
+        write_model(tmp_path / name, ["<unk>", *words], ["</s>"], seed=seed)
+    one = {
+        "merge_method": "wudi",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / name)} for name in ("one", "two")],
+        "parameters": {"steps": 1},
+        "tokenizer_source": "union",
+    }
+    found = merge(tmp_path / "out", one)
+    early = [shard for shard in found.shards if not shard.is_output]
+    assert len(early) == 2
+    assert shards_left(found, ()) == {shard.index for shard in found.shards}
+    assert found.totals.bytes_read == sum(shard.bytes_read for shard in found.shards)
