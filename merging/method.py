@@ -330,6 +330,9 @@ SUMS = "sums"
 ROWS = "rows"
 JOIN = "join"
 
+MASKS = "masks"
+OWN = "own"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod(Step):
@@ -360,6 +363,9 @@ class MergeMethod(Step):
         calibrated: What it does with statistics of samples (:mod:`merging.sampled`), if anything.
         sequential: These are of what comes out of the merged blocks before each block, and not out
             of the expert's own: one block is merged after another.
+        task_masks: What is published beside the merged model so that each task's own can be made
+            of it (:mod:`merging.task_masks`), if anything: the step ``MASKS`` finds all tasks'
+            masks of a tensor, ``OWN`` makes a task's tensor.
         adapter_note: What someone who merges adapters with it should know; "" if nothing.
     """
 
@@ -382,6 +388,7 @@ class MergeMethod(Step):
     divided: Divided | None = None
     calibrated: Mapping[str, Step] = field(default_factory=dict)
     sequential: bool = False
+    task_masks: Mapping[str, Step] = field(default_factory=dict)
     adapter_note: str = ""
 
     def step(self, name: str) -> Step:
@@ -389,7 +396,7 @@ class MergeMethod(Step):
         if not name:
             return self
         passes = self.staged or self.divided
-        return (passes.steps() if passes else self.calibrated)[name]
+        return (passes.steps() if passes else {**self.calibrated, **self.task_masks})[name]
 
     def uses_base(self, *, is_named: bool) -> bool:
         """Whether a recipe's base model, if it names one, is a base and not one more expert."""

@@ -187,9 +187,9 @@ def marker(plan: Plan) -> bytes:
 def weight_index(plan: Plan) -> bytes:
     """The index of a checkpoint, as it is published."""
     weight_map = {
-        problem.tensor_name: shard.file_name for shard in plan.outputs for problem in shard.problems
+        problem.tensor_name: shard.file_name for shard in plan.weights for problem in shard.problems
     }
-    total = sum(data_bytes(problem) for shard in plan.outputs for problem in shard.problems)
+    total = sum(data_bytes(problem) for shard in plan.weights for problem in shard.problems)
     return _json(
         {
             "metadata": {"total_size": total},

@@ -19,6 +19,7 @@ from merging.plan.plan import Plan, Problem
 from merging.plan.timing import shard_seconds
 from merging.plan.wording import shorten_list
 from merging.receipts import ProblemFigures, Receipt, describe_statistics
+from merging.task_masks import REPORT_KEY, describe_tasks
 
 REPORT_NAME = "merge_report.json"
 SWEEP_REPORT_NAME = "sweep_report.json"
@@ -138,6 +139,7 @@ def _merge_report(
             "bytes": sum(receipt.size for receipt in written),
             "files": [{"name": r.file_name, "size": r.size, "sha256": r.sha256} for r in written],
         },
+        **_tasks(plan, tensors),
         **work,
         "totals": _totals(tensors, planned),
         "warnings": [*plan.warnings, *_warnings_of_tensors(tensors)],
@@ -157,6 +159,18 @@ def _merge_report(
             for figure in tensors
         ],
     }
+
+
+def _tasks(plan: Plan, tensors: Sequence[ProblemFigures]) -> dict[str, Any]:
+    """The tasks whose masks are published, if any are."""
+    masks = {
+        p.tensor_name for shard in plan.shards if shard.kind == "masks" for p in shard.problems
+    }
+    if not masks:
+        return {}
+    models = [item.uri for item in plan.inputs if item.role == "expert"]
+    figures = [tensor.figures for tensor in tensors if tensor.tensor_name in masks]
+    return {REPORT_KEY: describe_tasks(models, figures)}
 
 
 def _source_names(problem: Problem) -> dict[str, list[str]]:

@@ -131,11 +131,7 @@ def merge(
     check_finite: FiniteOption = True,
 ) -> None:
     """Merge in this process, without a service or a cluster; prints the output and its digest."""
-    from merging.local_run import run_plan
     from merging.storage.router import open_storage
-    from service.console import plan_progress, warn
-    from workers.accelerator import choose_device
-    from workers.measured import run_shard
 
     options = _options(
         max_shard_size=max_shard_size,
@@ -149,7 +145,16 @@ def merge(
         check_finite=check_finite,
     )
     storage = open_storage()
-    plan = _make_plan(recipe, output, options, storage)
+    _run(_make_plan(recipe, output, options, storage), storage, device)
+
+
+def _run(plan: Plan, storage: Storage, device: str) -> None:
+    """Run a plan in this process and print what it published."""
+    from merging.local_run import run_plan
+    from service.console import plan_progress, warn
+    from workers.accelerator import choose_device
+    from workers.measured import run_shard
+
     warn(plan.warnings)
     _import_torch()
     chosen = choose_device(device)
@@ -158,6 +163,30 @@ def merge(
     for result in report["output"].get("variants", [report["output"]]):
         print(f"{result['uri']}  {result['bytes']} bytes in {len(result['files'])} files")
         print(result["digest"])
+
+
+@app.command()
+def rebuild(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint that was merged by emr.")],
+    task: Annotated[str, typer.Argument(help="The task's expert as in the recipe, or its number.")],
+    output: OutputOption,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is no longer where it was.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_shard_size: ShardSizeOption = "5GB",
+    memory_budget: BudgetOption = "4GiB",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make one task's own model out of a checkpoint merged by emr, its masks and the base model."""
+    from merging.rebuild import plan_rebuild
+    from merging.storage.router import open_storage
+
+    options = _options(
+        max_shard_size=max_shard_size, memory_budget=memory_budget, overwrite=overwrite
+    )
+    storage = open_storage()
+    _run(plan_rebuild(checkpoint, task, storage, options, output, base_uri=base), storage, device)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from merging.errors import Fault, MergeError, RecipeError
+from merging.method import get_method
 from merging.options import MergeOptions
 from merging.plan.made import MadeStorage
 from merging.plan.packing import made_file
@@ -35,6 +36,7 @@ def plan_documents(
     last = dataclasses.replace(recipe, documents=())
     for number, document in enumerate((*recipe.documents, last), 1):
         try:
+            _refuse_masks(document)
             plan = made.resolve(plan_one(document, made, options, output_uri))
             is_last = document is last
             joined.add(plan, document, "" if is_last else f"document-{number:02d}-")
@@ -43,6 +45,17 @@ def plan_documents(
         if document.name is not None and not is_last:
             made.add(document.name, plan)
     return without_idle_shards(joined.plan(recipe), storage)
+
+
+def _refuse_masks(document: Recipe) -> None:
+    """Refuse methods whose masks only stand beside a checkpoint of models that last."""
+    if get_method(document.merge_method).task_masks:
+        detail = (
+            f"{document.merge_method} publishes masks for models that are there when a task's model"
+            " is made again. Merge it by itself."
+        )
+        fault = Fault("/merge_method", "incompatible_options", detail)
+        raise RecipeError(detail, code="incompatible_options", faults=[fault])
 
 
 def _within(pointer: str, error: MergeError) -> MergeError:

@@ -88,8 +88,8 @@ def shard_header(problems: Sequence[Problem]) -> bytes:
 
 def number_files(shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """The shards, of which those of the output have the numbers of its files in their names."""
-    names = {shard.index: shard.file_name for shard in shards if not shard.is_output}
-    outputs = [shard.index for shard in shards if shard.is_output]
+    names = {shard.index: shard.file_name for shard in shards if shard.kind != "weights"}
+    outputs = [shard.index for shard in shards if shard.kind == "weights"]
     names |= {index: _file_name("model", n, len(outputs)) for n, index in enumerate(outputs)}
     return tuple(msgspec.structs.replace(s, file_name=names[s.index]) for s in shards)
 

@@ -23,7 +23,7 @@ PLAN_FORMAT = 3
 WORKSPACE = ".mergeyard"
 """Folder under the output that holds a merge in progress; removed when it is published."""
 
-Kind = Literal["weights", "intermediate"]
+Kind = Literal["weights", "masks", "intermediate"]
 """What a shard's file is; see :class:`Shard`."""
 
 COPY = "copy"
@@ -216,9 +216,10 @@ class Problem(msgspec.Struct, frozen=True):
 class Shard(msgspec.Struct, frozen=True):
     """One file: its problems in the order of the file, and the file's exact size.
 
-    A file of ``weights`` is part of the output; later shards may read it too. An ``intermediate``
-    one lies in the plan's workspace, is read by later shards, and goes when the output is
-    published; its tensors are named after the output tensors that they are for.
+    A file of ``weights`` is part of the output; later shards may read it too. One of ``masks`` is
+    published beside these (:mod:`merging.task_masks`), and not in the checkpoint's index. An
+    ``intermediate`` one lies in the plan's workspace, is read by later shards, and goes when the
+    output is published; its tensors are named after the output tensors that they are for.
 
     Every variant of a sweep has a file of weights of the same name and size: the shard is all of
     them.
@@ -236,8 +237,8 @@ class Shard(msgspec.Struct, frozen=True):
 
     @property
     def is_output(self) -> bool:
-        """The file is part of the merged checkpoint."""
-        return self.kind == "weights"
+        """The file is published: part of the merged checkpoint, or beside it."""
+        return self.kind != "intermediate"
 
     @property
     def bytes_read(self) -> int:
@@ -409,8 +410,13 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def outputs(self) -> tuple[Shard, ...]:
-        """The shards whose files are the merged checkpoint."""
+        """The shards whose files are published."""
         return tuple(shard for shard in self.shards if shard.is_output)
+
+    @property
+    def weights(self) -> tuple[Shard, ...]:
+        """Those of them that the checkpoint's index names."""
+        return tuple(shard for shard in self.shards if shard.kind == "weights")
 
     def work(
         self, shard_index: int, plan_digest: str, versions: Mapping[int, str] | None = None

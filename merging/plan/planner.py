@@ -31,6 +31,7 @@ from merging.plan.documents import plan_documents
 from merging.plan.fit import check_fit
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
+from merging.plan.masks import check_masks, mask_problems, mask_shards
 from merging.plan.output_config import output_config
 from merging.plan.packing import number_files, pack
 from merging.plan.plan import (
@@ -113,13 +114,15 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         problems = as_adapter.problems
     if variants or len(inputs.slices) > 1:
         builder.settings.refuse_passes()
+    check_masks(recipe, problems, stages, has_own_tokens=vocabulary is not None)
+    masks = mask_problems(problems, stages)
     problems = add_statistics(problems, stages, builder, stored, recipe, options, storage, warnings)
     if not variants:
         merged = Staging(stages).stage(problems)
         merged = divide_large(merged, stages, options.workers or 1, warnings)
         problems = calibrate_after(problems, merged, stages)
     rest = stages.unwritten(problems)
-    check_fit([*stages.problems, *rest], builder.settings.settings, budgets)
+    check_fit([*stages.problems, *rest, *masks], builder.settings.settings, budgets)
     if as_adapter is not None:
         shards = (*stages.shards, adapter_shard(rest, len(stages.shards)))
     else:
@@ -127,7 +130,9 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         outputs = tuple(
             msgspec.structs.replace(shard, num_files=max(1, len(variants))) for shard in outputs
         )
-        shards = number_files([*stages.shards, *outputs])
+        first = len(stages.shards) + len(outputs)
+        beside = mask_shards(masks, options.max_shard_size, first_index=first)
+        shards = number_files([*stages.shards, *outputs, *beside])
     described = _inputs(inputs)
     config = {} if as_adapter else output_config(inputs, problems, warnings)
     settings = builder.settings.settings

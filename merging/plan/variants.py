@@ -227,7 +227,7 @@ class VariantSettings:
 def takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
     """Whether a setting's tensors are merged with the help of others."""
     method = None if setting.method == COPY else get_method(setting.method)
-    if getattr(parameters, "svc", None) is not None:
+    if getattr(parameters, "svc", None) is not None or (method is not None and method.task_masks):
         return True
     if method is None or method.staged is None:
         return method is not None and method.sequential

@@ -109,7 +109,18 @@ def test_without_a_command_there_is_help() -> None:
     said = mergeyard()
     assert said.status == 2
     for command in (
-        *("merge", "plan", "verify", "methods", "serve", "submit", "jobs", "watch", "events"),
+        *(
+            "merge",
+            "rebuild",
+            "plan",
+            "verify",
+            "methods",
+            "serve",
+            "submit",
+            "jobs",
+            "watch",
+            "events",
+        ),
         *("propose", "run", "retry", "logs", "cancel", "delete", "tokens", "webhooks"),
     ):
         assert command in said.out + said.err
@@ -162,6 +173,19 @@ def test_warnings_go_to_standard_error(family: Family, tmp_path: Path) -> None:
     assert said.err.startswith("warning: The filter 'nowhere'")
     assert said.err.count("\n") == 1
     assert said.out.count("\n") == 2
+
+
+def test_a_tasks_own_model_is_rebuilt_of_what_emr_published(family: Family, tmp_path: Path) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    assert mergeyard("merge", write_recipe(tmp_path, family, "emr"), "-o", shared).status == 0
+    by_number = mergeyard("rebuild", shared, 1, "-o", own)
+    by_model = mergeyard("rebuild", shared, family.experts[0], "-o", tmp_path / "same")
+    assert digest(by_number) == digest(by_model)
+    assert mergeyard("verify", own).status == 0
+    refused = mergeyard("rebuild", shared, "cats", "-o", tmp_path / "none")
+    assert refused.status == 1
+    assert "has no task 'cats'" in refused.error
+    assert "has no task" not in refused.out
 
 
 def test_a_sweep_prints_each_checkpoint_and_can_be_verified(family: Family, tmp_path: Path) -> None:

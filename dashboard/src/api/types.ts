@@ -169,7 +169,7 @@ export interface PlannedTensor {
   name: string;
   shard: number;
   /** `intermediate` is what is made of the tensor on the way to it. */
-  kind: "weights" | "intermediate";
+  kind: "weights" | "masks" | "intermediate";
   role: string;
   layer: number;
   shape: number[];
