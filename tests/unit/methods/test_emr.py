@@ -362,7 +362,7 @@ def test_adapters_as_experts_have_masks_too(storage: Storage, tmp_path: Path) ->
     shared = load_merged(tmp_path / "out")
     found = load_merged(rebuild(tmp_path / "out", "2", storage, tmp_path / "task"))
     expert = load_file(tmp_path / "models" / "whole-1" / "model.safetensors")
-    names = [name for name in shared if not torch.equal(shared[name], found[name])]
+    names = [name for name in found if not torch.equal(shared[name], found[name])]
     assert names
     own, others = (
         sum(float((model[name] - expert[name]).square().sum()) for name in names)
