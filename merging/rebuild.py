@@ -15,7 +15,7 @@ import msgspec
 from merging.checkpoint.header import HeaderEntry, read_header
 from merging.checkpoint.index import WeightFile, read_checkpoint_index
 from merging.errors import CheckpointError, RecipeError
-from merging.method import OWN
+from merging.method import OWN, get_method
 from merging.options import MergeOptions
 from merging.plan.outputs import Companion
 from merging.plan.plan import COPY, Plan, Problem, Setting, Source, SourceFile
@@ -81,7 +81,7 @@ def plan_rebuild(
         RecipeError: ``bad_parameter``: there is no such task.
         PlanError: As planning a merge.
         CheckpointError: ``index_inconsistent``: the report tells of no masks, or not of these;
-            ``missing_tensor`` or ``shape_mismatch``: masks are not those of the weights;
+            ``shape_mismatch``: masks are not those of the weights;
             ``digest_mismatch``: the base model is another one than it was.
         StorageError: Something cannot be read.
     """
@@ -104,32 +104,37 @@ def plan_rebuild(
             code="digest_mismatch",
             context={"uri": base.uri},
         )
-    masks, files = _read_masks(shared, report, storage, first=len(plan.files))
-    own = Setting(report.method, {"lambda": found.rescaler}, step=OWN)
-    settings = (*plan.settings, own, Setting(COPY))
-    shards = tuple(
-        msgspec.structs.replace(
-            shard,
-            problems=tuple(
-                _rebuilt(problem, plan, masks, number, len(report.task_masks))
-                for problem in shard.problems
-            ),
-        )
-        for shard in plan.shards
-    )
-    missing = masks.keys() - {p.tensor_name for shard in shards for p in shard.problems}
-    if missing:
-        raise _inconsistent(
-            shared, f"there are masks of {min(missing)!r}, which is no tensor of it"
-        )
+    plan = _by_masks(plan, report, number, shared, storage)
     companions = read_checkpoint_index(storage, shared).companions.items()
     return msgspec.structs.replace(
         plan,
         companions=tuple(Companion(f"{shared}/{n}", n, version) for n, version in companions),
         recipe={**document, "merge_method": report.method, "task": found.model},
         method=report.method,
+    )
+
+
+def _by_masks(plan: Plan, report: _Report, number: int, shared: str, storage: Storage) -> Plan:
+    """The plan with each tensor made by the task's mask, in place of the whole update."""
+    masks, files = _read_masks(shared, report, storage, first=len(plan.files))
+    tasks = report.task_masks
+    shards = tuple(
+        msgspec.structs.replace(
+            shard,
+            problems=tuple(_rebuilt(p, plan, masks, number, len(tasks)) for p in shard.problems),
+        )
+        for shard in plan.shards
+    )
+    if not masks:
+        raise _inconsistent(shared, "it names no files of masks")
+    unknown = masks.keys() - {p.tensor_name for shard in shards for p in shard.problems}
+    if unknown:
+        raise _inconsistent(shared, f"there are masks of {min(unknown)!r}, no tensor of it")
+    own = Setting(report.method, {"lambda": tasks[number].rescaler}, step=OWN)
+    return msgspec.structs.replace(
+        plan,
         files=(*plan.files, *files),
-        settings=settings,
+        settings=(*plan.settings, own, Setting(COPY)),
         shards=shards,
     )
 
@@ -170,6 +175,8 @@ def _read_tasks(shared: str, storage: Storage) -> _Report:
         raise _inconsistent(shared, str(error)) from error
     if not any(item.role == "base" for item in report.inputs):
         raise _inconsistent(shared, "it names no base model")
+    if not get_method(report.method).task_masks:
+        raise _inconsistent(shared, f"a merge by {report.method} has no tasks' masks")
     return report
 
 

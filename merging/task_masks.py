@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,7 +28,7 @@ class MaskedTask(msgspec.Struct, frozen=True):
     """
 
     model: str
-    rescaler: float
+    rescaler: Annotated[float, msgspec.Meta(gt=0)]
 
 
 def describe_tasks(

@@ -350,9 +350,17 @@ def test_masks_of_other_weights_are_refused(
     with pytest.raises(CheckpointError, match="masks of 'other'"):
         rebuild(copied, "1", storage, tmp_path / "task")
     report = json.loads((copied / REPORT).read_text())
-    (copied / REPORT).write_text(json.dumps(report | {"task_masks": [{"model": 3}]}))
-    with pytest.raises(CheckpointError, match="task_masks"):
-        rebuild(copied, "1", storage, tmp_path / "task")
+    tasks = [{"model": "a", "rescaler": -1.0}]
+    for change, match in (
+        ({"task_masks": [{"model": 3}]}, "task_masks"),
+        ({"task_masks": tasks}, "rescaler"),
+        ({"method": "linear"}, "by linear has no"),
+        ({"inputs": []}, "names no base model"),
+        ({"output": {"files": []}}, "names no files of masks"),
+    ):
+        (copied / REPORT).write_text(json.dumps(report | change))
+        with pytest.raises(CheckpointError, match=match):
+            rebuild(copied, "1", storage, tmp_path / "task")
 
 
 def test_adapters_as_experts_have_masks_too(storage: Storage, tmp_path: Path) -> None:
