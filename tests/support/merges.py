@@ -39,9 +39,9 @@ def plan_merge(
 
 
 def load_merged(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a published checkpoint."""
+    """All tensors of a published checkpoint, without masks beside it."""
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*model*.safetensors")):
         tensors |= load_file(file)
     return tensors
 
