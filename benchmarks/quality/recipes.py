@@ -30,7 +30,7 @@ class Tuned:
 
 _LAMBDA = (0.3, 0.6, 1.0, 1.4)
 _MEAN = (1.0, 2.0, 4.0, 6.0)
-_ISO = (1.0, 1.5, 2.0, 3.0)
+_ISO = (1.5, 2.0, 3.0, 4.0)
 TUNED: dict[str, Tuned] = {
     "breadcrumbs": Tuned("lambda", _LAMBDA, {"density": 0.9}),
     "consensus_ta": Tuned("lambda", _LAMBDA),
