@@ -2,7 +2,8 @@
 
 One process is the API, one the runner, and this one the load: jobs are submitted and things are
 read at fixed rates, whatever the answers take (a late answer counts from when it was due), and
-watchers follow one job after another as event streams. A line says every few seconds how it goes.
+watchers follow events: nine in ten those of a team's jobs, as somebody with the list of jobs open
+does, the tenth one job after another to its end. A line says every few seconds how it goes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ _READS = (
 )
 _SAMPLE_SECONDS = 5.0
 _TRIES = 5
+_TEAMS = 20
+_JOB_WATCHERS = 10
+"""One watcher of so many follows single jobs."""
+
 _ENDED = ("succeeded", "failed", "cancelled")
 _COLUMNS = {
     "seconds": 0,
@@ -97,6 +102,7 @@ class Load:
         body = {
             "recipe": {"merge_method": "linear", "models": models},
             "output_uri": str(self.folder / "outputs" / str(number)),
+            "labels": {"team": str(number % _TEAMS)},
         }
         headers = {"Idempotency-Key": str(number)}  # so that another try makes no second job
         for _ in range(_TRIES):
@@ -126,22 +132,23 @@ class Load:
             self.latencies[route].append(taken)
             self.lately.append(taken)
 
-    async def watch(self) -> None:
-        """Follow the newest job to its end, then the newest then, until cancelled."""
-        headers = {"Accept": "text/event-stream"}
-        last = ""
+    async def watch(self, number: int) -> None:
+        """Follow events, until cancelled: those of a team's jobs, or one job after another."""
         while True:
-            if not self.ids or self.ids[-1] == last:
-                await asyncio.sleep(0.1)
+            if number % _JOB_WATCHERS:
+                await self._follow(f"/v1/events?label.team={number % _TEAMS}")
                 continue
-            last = self.ids[-1]
-            path = f"/v1/jobs/{last}/events"
-            with self._counted_failures():
-                async with self.session.get(path, headers=headers) as stream:
-                    stream.raise_for_status()
-                    self.streams += 1
-                    async for line in stream.content:
-                        self.events += line.startswith(b"data:")
+            if self.ids:
+                await self._follow(f"/v1/jobs/{random.choice(self.ids[-20:])}/events")
+            await asyncio.sleep(random.uniform(0.5, 1.5))
+
+    async def _follow(self, path: str) -> None:
+        with self._counted_failures():
+            async with self.session.get(path, headers={"Accept": "text/event-stream"}) as stream:
+                stream.raise_for_status()
+                self.streams += 1
+                async for line in stream.content:
+                    self.events += line.startswith(b"data:")
 
     @contextmanager
     def _counted_failures(self) -> Iterator[None]:
@@ -254,7 +261,7 @@ async def run(
         observer = Observer(load, parts)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work) for work in (load.submit(), load.read())]
-            tasks += [group.create_task(load.watch()) for _ in range(chosen.watchers)]
+            tasks += [group.create_task(load.watch(number)) for number in range(chosen.watchers)]
             is_whole = await observer.watch(chosen.jobs, chosen.seconds)
             for task in tasks:
                 task.cancel()

@@ -7,6 +7,7 @@ each at its own pace. Only one who is far behind reads the store itself, until i
 from __future__ import annotations
 
 import asyncio
+import random
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,9 @@ from service.problems import RequestError
 
 HEARTBEAT_SECONDS = 15.0
 """Silence after which it is said up to where there is nothing new."""
+
+_SECONDS_APART = 0.001
+"""Between two readers that are told of the same: requests are answered in between."""
 
 _PAGE = 500
 _MOST_KEPT = 1000
@@ -126,6 +130,8 @@ class News:
                 await self._changed.wait()
         except TimeoutError:
             return False
+        spread = min(self._num_readers * _SECONDS_APART, self._poll_seconds)
+        await asyncio.sleep(random.uniform(0, spread))  # noqa: S311 - spreads load
         return True
 
     @asynccontextmanager
