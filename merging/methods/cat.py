@@ -17,10 +17,11 @@ and everything is W0 + λ' Σ_j T_j; other tensors are not changed before that.
 
 Differences from the source: inputs are those of the experts themselves, where the paper takes them
 from W0 + λ' T_j, so that other methods' statistics serve; H_j is divided by its number of tokens,
-so that a task with longer samples does not weigh more; directions of negative eigenvalues are kept,
-whose removal costs more than it gives; an update of which nothing but rounding is left is zero. A
-port of the authors' code takes the first columns of ``eigh``, the *smallest* eigenvalues, against
-the derivation: ``eigenvalues: smallest`` does the same.
+so that a task with longer samples does not weigh more; every task's directions are found in updates
+of which nothing was taken yet, so that they do not hang on the order of tasks; those of negative
+eigenvalues are kept, whose removal costs more than it gives; an update of which nothing but
+rounding is left is zero. A port of the authors' code takes the first columns of ``eigh``, the
+*smallest* eigenvalues, against the derivation: ``eigenvalues: smallest`` does the same.
 
 Needs the base model and samples (docs/calibration.md); two or three of each task are enough. All
 experts and statistics of a layer are held at once.
