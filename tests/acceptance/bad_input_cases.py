@@ -266,7 +266,7 @@ CASES = {
             "{home}/expert-1 has 16 tensors of another shape than {home}/base",
             "lm_head.weight [63, 32] instead of [64, 32]",
             "and 6 more",
-            "must agree in architecture and vocabulary",
+            "must agree in architecture, and in vocabulary unless 'tokenizer_source'",
         ),
         "shape_mismatch",
     ),
