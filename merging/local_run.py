@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from merging.execute.shard import ShardCounts, run_shard
+from merging.execute.shard import run_shard
+from merging.execute.shard_run import ShardCounts
 from merging.plan.plan import Plan
 from merging.plan.stages import shards_left
 from merging.publish import prepare_output, publish

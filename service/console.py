@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from merging.execute.shard import ShardCounts
+    from merging.execute.shard_run import ShardCounts
     from merging.method import MergeMethod
     from merging.plan.plan import Plan
     from service.client import Client

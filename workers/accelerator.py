@@ -40,12 +40,3 @@ def choose_device(wanted: str) -> str:
             context={"expected": wanted, "found": count},
         )
     return f"cuda:{number}"
-
-
-def describe_device(device: str) -> str:
-    """A device as people know it: ``cpu``, or ``cuda:0 NVIDIA H100``."""
-    if device == "cpu":
-        return device
-    import torch
-
-    return f"{device} {torch.cuda.get_device_name(device)}"

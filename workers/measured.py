@@ -13,14 +13,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from merging.execute.shard import ShardCounts
 from merging.execute.shard import run_shard as run_plain_shard
+from merging.execute.shard_run import ShardCounts, describe_device
 from merging.plan.plan import ShardWork
 from merging.probe import measure_rates
 from merging.rates import RateBook, Rates, Transfer, storage_kind
 from merging.receipts import Receipt
 from merging.storage.base import Storage
-from workers.accelerator import describe_device
 
 
 def run_shard(

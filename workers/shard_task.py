@@ -19,12 +19,13 @@ from typing import Any
 import structlog
 
 from merging.errors import MergeError, WorkerError
+from merging.execute.shard_run import describe_device
 from merging.rates import storage_kind
 from merging.receipts import Receipt, read_receipt
 from merging.storage.base import Storage
 from merging.storage.router import open_storage
 from merging.storage.timed import TimedRequest, timed
-from workers.accelerator import choose_device, describe_device
+from workers.accelerator import choose_device
 from workers.messages import (
     PoolEvent,
     ShardDone,

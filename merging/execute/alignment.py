@@ -7,97 +7,55 @@ one before it is written. Only rows that a block needs are read, neighbours toge
 from __future__ import annotations
 
 import bisect
-import functools
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import msgspec
 import torch
 
 from merging.dtypes import torch_dtype
-from merging.errors import Cancelled
 from merging.execute.fetch import READ_PART_BYTES, READ_THREADS
 from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
-from merging.execute.shard import ShardCounts
+from merging.execute.shard_run import ShardRun
 from merging.execute.solve import check_finite
 from merging.plan.alignment import AlignmentWork, join_ranges
 from merging.plan.packing import shard_header
-from merging.plan.plan import ALIGN, Problem, ShardWork
+from merging.plan.plan import ALIGN, Problem
 from merging.plan.vocabulary import Run
-from merging.rates import Rates
 from merging.receipts import ProblemFigures, Receipt, write_receipt
-from merging.storage.base import Storage
 
 
-def run_alignment(
-    work: ShardWork,
-    storage: Storage,
-    on_progress: Callable[[ShardCounts], None] | None,
-    cancelled: Callable[[], bool] | None,
-    rates: Rates | None,
-) -> Receipt:
+def run_alignment(run: ShardRun) -> Receipt:
     """Produce and publish one shard of aligned tensors; as in :mod:`merging.execute.shard`."""
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="rows") as threads:
-        return _AlignmentRun(work, storage, threads, on_progress, cancelled, rates).run()
+        return _Alignment(run, threads).run()
 
 
-class _AlignmentRun:
-    """The state of one call of :func:`run_alignment`."""
+class _Alignment:
+    """The run of a shard of aligned tensors."""
 
-    def __init__(
-        self,
-        work: ShardWork,
-        storage: Storage,
-        threads: ThreadPoolExecutor,
-        on_progress: Callable[[ShardCounts], None] | None,
-        cancelled: Callable[[], bool] | None,
-        rates: Rates | None,
-    ) -> None:
-        self._work = work
-        self._storage = storage
+    def __init__(self, run: ShardRun, threads: ThreadPoolExecutor) -> None:
+        self._run = run
+        self._work = run.work
+        self._storage = run.storage
         self._threads = threads
-        self._on_progress = on_progress
-        self._cancelled = cancelled
-        self._rates = rates
-        self._budget = MemoryBudget(work.memory_budget)
-        self._bytes_read = 0
-        self._requests = 0
-        self._seconds = {"fetch": 0.0, "solve": 0.0, "write": 0.0}
+        self._budget = MemoryBudget(run.work.memory_budget)
 
     def run(self) -> Receipt:
         """All tensors of the shard."""
-        begin = time.perf_counter()
         shard = self._work.shard
         figures = []
         with ShardFiles(self._storage, self._work.file_uris, shard.size, self._budget) as files:
             files.write(shard_header(shard.problems))
             for number, problem in enumerate(shard.problems):
-                solving = time.perf_counter()
+                before = self._run.seconds["solve"]
                 self._run_problem(problem, files, number)
-                seconds = round(time.perf_counter() - solving, 6)
-                figures.append(ProblemFigures(problem.tensor_name, ALIGN, seconds, {}))
-            [(stat, sha256)] = files.finish()
-        receipt = Receipt(
-            plan_digest=self._work.plan_digest,
-            shard_index=shard.index,
-            file_name=shard.file_name,
-            size=stat.size,
-            sha256=sha256,
-            version=stat.version,
-            bytes_read=self._bytes_read,
-            read_requests=self._requests,
-            peak_buffer_bytes=self._budget.peak,
-            seconds=self._seconds | {"total": time.perf_counter() - begin},
-            device="cpu",
-            worker=f"{platform.node()}:{os.getpid()}",
-            problems=tuple(figures),
-            rates=self._rates,
-        )
+                seconds = round(self._run.seconds["solve"] - before, 6)
+                figures.append(ProblemFigures(problem.tensor_name, ALIGN, seconds))
+            with self._run.timed("write"):
+                [(stat, sha256)] = files.finish()
+        receipt = self._run.receipt(stat, sha256, tuple(figures), self._budget.peak)
         write_receipt(self._storage, self._work.output_uri, receipt)
         return receipt
 
@@ -106,21 +64,17 @@ class _AlignmentRun:
         work = msgspec.convert(parameters, AlignmentWork)
         blocks = _Blocks(problem, work, self._read)
         for start in range(0, problem.shape[0], problem.row_block or problem.shape[0]):
-            if self._cancelled is not None and self._cancelled():
-                raise Cancelled("The merge was cancelled.")
+            self._run.check_cancelled()
             end = min(start + (problem.row_block or problem.shape[0]), problem.shape[0])
             self._budget.take(block_bytes := problem.host_bytes // 2)
-            block = self._timed("solve", functools.partial(blocks.make, start, end))
-            self._timed("write", lambda: self._budget.wait_until(lambda: not files.bytes_waiting))
-            files.write(block)
+            with self._run.timed("solve"):
+                block = blocks.make(start, end)
+            with self._run.timed("write"):
+                self._budget.wait_until(lambda: not files.bytes_waiting)
+                files.write(block)
             self._budget.release(block_bytes)
-            self._report(number + (end == problem.shape[0]), files)
-
-    def _timed(self, stage: str, call: Callable[[], Any]) -> Any:
-        begin = time.perf_counter()
-        result = call()
-        self._seconds[stage] += time.perf_counter() - begin
-        return result
+            num_done = number + (end == problem.shape[0])
+            self._run.tell(num_done, sum(files.bytes_written))
 
     def _read(self, problem: Problem, wanted: dict[int, list[tuple[int, int]]]) -> _Rows:
         """Rows of some of a problem's sources, each once."""
@@ -143,20 +97,17 @@ class _AlignmentRun:
                             self._storage.read_into, file.uri, offset, target, version=file.version
                         )
                     )
-                    self._bytes_read += len(target)
-        self._requests += len(waiting)
-        self._timed("fetch", lambda: [read.result() for read in waiting])
+                    self._run.bytes_read += len(target)
+        self._run.read_requests += len(waiting)
+        with self._run.timed("fetch"):
+            for read in waiting:
+                read.result()
         if self._work.check_finite:
             for number, buffer in rows.all():
                 uri = self._work.files[problem.experts[number].file].uri
                 what = f"Tensor {problem.experts[number].name or problem.tensor_name!r} in {uri}"
                 check_finite(buffer.reshape(-1), what, "non_finite_input")
         return rows
-
-    def _report(self, num_done: int, files: ShardFiles) -> None:
-        if self._on_progress is not None:
-            written = sum(files.bytes_written)
-            self._on_progress(ShardCounts(num_done, num_done, num_done, self._bytes_read, written))
 
 
 class _Rows:

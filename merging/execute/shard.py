@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import functools
 import itertools
-import os
-import platform
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import Cancelled, PlanError
+import msgspec
+
+from merging.errors import PlanError
 from merging.execute.fetch import Fetcher, Unit
 from merging.execute.given import Given, read_given
 from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
 from merging.execute.output import ShardFiles
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
-from merging.execute.solve import Solved, Solver
+from merging.execute.shard_run import ShardCounts, ShardRun
+from merging.execute.solve import Solver
 from merging.plan.packing import data_bytes, shard_header
 from merging.plan.plan import ALIGN, PLAN_FORMAT, STATISTICS, ShardWork
 from merging.rates import Rates
@@ -38,40 +37,12 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class ShardCounts:
-    """How far a shard is; problems pass the stages in file order, so counts say which."""
-
-    tensors_fetched: int
-    tensors_solved: int
-    tensors_written: int
-    bytes_read: int
-    bytes_written: int
-
-
 @dataclass(slots=True)
 class _Solved:
     """What is known of a problem in one variant; shared work counts for the first that has it."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Wall seconds by stage, as the solving thread sees them: waiting for bytes is ``fetch``."""
-
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"fetch": 0.0, "solve": 0.0, "write": 0.0}
-    )
-
-    def run(self, stage: str, call: Callable[[], Any]) -> Any:
-        """Call and account the time to a stage."""
-        begin = time.perf_counter()
-        try:
-            return call()
-        finally:
-            self.seconds[stage] += time.perf_counter() - begin
 
 
 def run_shard(
@@ -116,16 +87,18 @@ def run_shard(
     give_back_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(work.threads)
+    used = "cpu" if kind == ALIGN else device
+    run = ShardRun(work, storage, used, on_progress, cancelled, rates)
     try:
         if kind == ALIGN:
             from merging.execute.alignment import run_alignment
 
-            return run_alignment(work, storage, on_progress, cancelled, rates)
+            return run_alignment(run)
         if kind == STATISTICS:
             from merging.execute.statistics import run_statistics
 
-            return run_statistics(work, storage, device, on_progress, cancelled, rates)
-        return _ShardRun(work, storage, device, on_progress, cancelled, rates).run()
+            return run_statistics(run)
+        return _Merge(run).run()
     finally:
         torch.set_num_threads(threads)
 
@@ -144,31 +117,21 @@ def _check_host_memory(work: ShardWork) -> None:
             )
 
 
-class _ShardRun:
-    """The state of one call of :func:`run_shard`."""
+class _Merge:
+    """The run of a shard whose tensors a method makes."""
 
-    def __init__(
-        self,
-        work: ShardWork,
-        storage: Storage,
-        device: str,
-        on_progress: Callable[[ShardCounts], None] | None,
-        cancelled: Callable[[], bool] | None,
-        rates: Rates | None,
-    ) -> None:
+    def __init__(self, run: ShardRun) -> None:
+        work = run.work
+        self._run = run
         self._work = work
-        self._storage = storage
-        self._device = device
-        self._on_progress = on_progress
-        self._cancelled = cancelled
-        self._rates = rates
+        self._storage = run.storage
+        self._device = run.device
         self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
         self._given = Given()
         self._sum: torch.Tensor | None = None
         self._budget = MemoryBudget(work.memory_budget)
-        self._buffers = BufferPool(self._budget, pinned=device != "cpu")
-        self._solver = Solver(work, device, self._buffers)
-        self._clock = _Clock()
+        self._buffers = BufferPool(self._budget, pinned=run.device != "cpu")
+        self._solver = Solver(work, run.device, self._buffers)
         self._variants = [
             [_Solved() for _ in range(work.shard.num_files)] for _ in work.shard.problems
         ]
@@ -179,9 +142,9 @@ class _ShardRun:
         self._solved = 0
 
     def run(self) -> Receipt:
-        work = self._work
-        begin = time.perf_counter()
-        self._given = self._clock.run("fetch", functools.partial(read_given, work, self._storage))
+        work, run = self._work, self._run
+        with run.timed("fetch"):
+            self._given = read_given(work, self._storage)
         self._solver.given = self._given.tensors
         with (
             ShardFiles(self._storage, work.file_uris, work.shard.size, self._budget) as files,
@@ -190,23 +153,13 @@ class _ShardRun:
             files.write(self._header)
             for group, units in zip(self._groups, fetcher.units, strict=True):
                 self._run_group(group, units, fetcher, files)
-            (stat, sha256), *others = self._clock.run("write", files.finish)
-            receipt = Receipt(
-                plan_digest=work.plan_digest,
-                shard_index=work.shard.index,
-                file_name=work.shard.file_name,
-                size=stat.size,
-                sha256=sha256,
-                version=stat.version,
-                bytes_read=self._given.bytes_read + fetcher.bytes_read,
-                read_requests=self._given.requests + fetcher.requests,
-                peak_buffer_bytes=self._budget.peak,
-                seconds=self._clock.seconds | {"total": time.perf_counter() - begin},
-                device=device_name(self._device),
-                worker=f"{platform.node()}:{os.getpid()}",
-                problems=self._problem_figures(0),
+            with run.timed("write"):
+                (stat, sha256), *others = files.finish()
+            run.bytes_read = self._given.bytes_read + fetcher.bytes_read
+            run.read_requests = self._given.requests + fetcher.requests
+            receipt = msgspec.structs.replace(
+                run.receipt(stat, sha256, self._problem_figures(0), self._budget.peak),
                 busy_seconds={"read": fetcher.busy.seconds, "write": files.busy.seconds},
-                rates=self._rates,
                 others=tuple(
                     OtherFile(stat.size, sha256, stat.version, self._problem_figures(number))
                     for number, (stat, sha256) in enumerate(others, 1)
@@ -253,18 +206,21 @@ class _ShardRun:
         working = self._working_bytes(piece)
         with contextlib.closing(results):
             for _ in range(len(piece.treatment.applied)):
-                if self._cancelled is not None and self._cancelled():
-                    raise Cancelled("The merge was cancelled.")
-                self._clock.run("write", functools.partial(self._wait_for_writes, files, working))
+                self._run.check_cancelled()
+                with self._run.timed("write"):
+                    self._wait_for_writes(files, working)
                 self._budget.take(working)
                 self._buffers.make_room()
-                (numbers, result, done), seconds = self._solve(results)
+                before = self._run.seconds["solve"]
+                with self._run.timed("solve"):
+                    numbers, result, done = next(results)
                 self._budget.release(working)
-                variants[numbers[0]].seconds += seconds
+                variants[numbers[0]].seconds += self._run.seconds["solve"] - before
                 if piece.is_summand:
                     result = self._add_up(piece, result)
                 if piece.is_last or not piece.is_summand:
-                    self._clock.run("write", functools.partial(files.write, result, numbers, done))
+                    with self._run.timed("write"):
+                        files.write(result, numbers, done)
                 del result, done
 
     def _add_up(self, piece: Piece, result: torch.Tensor) -> torch.Tensor:
@@ -278,15 +234,6 @@ class _ShardRun:
         """Let earlier results be written first if they are in the way of solving the next."""
         budget = self._budget
         budget.wait_until(lambda: budget.used + needed <= budget.limit or not files.bytes_waiting)
-
-    def _solve(self, results: Generator[Solved]) -> tuple[Solved, float]:
-        """The next result, and the seconds that it took beside waiting for bytes."""
-        waited = self._clock.seconds["fetch"]
-        begin = time.perf_counter()
-        result = next(results)
-        seconds = time.perf_counter() - begin - (self._clock.seconds["fetch"] - waited)
-        self._clock.seconds["solve"] += seconds
-        return result, seconds
 
     def _inputs(
         self,
@@ -304,7 +251,8 @@ class _ShardRun:
         last = len(piece.sources) - 1
         for position in range(last + 1):
             unit = units[position]
-            self._clock.run("fetch", functools.partial(fetcher.wait, unit))
+            with self._run.timed("fetch"):
+                fetcher.wait(unit)
             if position == last and piece.is_last:
                 self._fetched = piece.number + 1
             yield unit.view(piece)
@@ -312,10 +260,10 @@ class _ShardRun:
                 release(unit)
 
     def _report(self, fetcher: Fetcher, files: ShardFiles) -> None:
-        if self._on_progress is None:
+        if self._run.on_progress is None:
             return
         written = files.bytes_written
-        self._on_progress(
+        self._run.on_progress(
             ShardCounts(
                 tensors_fetched=self._fetched,
                 tensors_solved=self._solved,
@@ -336,12 +284,3 @@ class _ShardRun:
             )
             for problem, variants in zip(self._work.shard.problems, self._variants, strict=True)
         )
-
-
-def device_name(device: str) -> str:
-    """A device as receipts tell it."""
-    if device == "cpu":
-        return "cpu"
-    import torch
-
-    return f"{device} {torch.cuda.get_device_name(device)}"

@@ -5,42 +5,30 @@ What an earlier merge has kept of the same is taken over instead, if it is whole
 
 from __future__ import annotations
 
-import os
-import platform
-import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import torch
 
 from merging.dtypes import torch_dtype
-from merging.errors import Cancelled, NumericalError
+from merging.errors import NumericalError
 from merging.execute.block_runner import BlockRunner
 from merging.execute.fisher import FisherRun
 from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
-from merging.execute.shard import ShardCounts, device_name
+from merging.execute.shard_run import ShardRun
 from merging.execute.skeleton import Skeleton
 from merging.execute.tokens import PADDING, check_images, read_tokens
 from merging.kept import find_kept, write_record
 from merging.ops.precision import float32_products
 from merging.plan.packing import shard_header
-from merging.plan.plan import STATISTICS, ShardWork, Source
+from merging.plan.plan import STATISTICS, Source
 from merging.plan.statistics_work import StatisticsWork
-from merging.rates import Rates
 from merging.receipts import ProblemFigures, Receipt, write_receipt
-from merging.storage.base import Storage
+from merging.storage.base import ObjectStat
 
 
-def run_statistics(
-    work: ShardWork,
-    storage: Storage,
-    device: str,
-    on_progress: Callable[[ShardCounts], None] | None,
-    cancelled: Callable[[], bool] | None,
-    rates: Rates | None,
-) -> Receipt:
+def run_statistics(run: ShardRun) -> Receipt:
     """Produce and publish one shard of statistics; as :func:`merging.execute.shard.run_shard`.
 
     Raises:
@@ -48,72 +36,48 @@ def run_statistics(
         RecipeError: Samples that its tokenizer makes nothing of.
         NumericalError: Hidden states or statistics are not finite.
     """
-    return _StatisticsRun(work, storage, device, on_progress, cancelled, rates).run()
+    return _Measuring(run).run()
 
 
-class _StatisticsRun:
-    """The state of one call of :func:`run_statistics`."""
+class _Measuring:
+    """The run of a shard of statistics."""
 
-    def __init__(
-        self,
-        work: ShardWork,
-        storage: Storage,
-        device: str,
-        on_progress: Callable[[ShardCounts], None] | None,
-        cancelled: Callable[[], bool] | None,
-        rates: Rates | None,
-    ) -> None:
-        self._shard = work
-        [setting] = work.settings
+    def __init__(self, run: ShardRun) -> None:
+        self._run = run
+        self._shard = run.work
+        [setting] = run.work.settings
         self._work = msgspec.convert(setting.parameters, StatisticsWork)
-        self._storage = storage
-        self._device = device
-        self._on_progress = on_progress
-        self._cancelled = cancelled
-        self._rates = rates
-        self._given = iter(work.shard.problems[0].given)
-        self._bytes_read = 0
-        self._requests = 0
-        self._seconds = {"fetch": 0.0, "solve": 0.0, "write": 0.0}
+        self._storage = run.storage
+        self._device = run.device
+        self._given = iter(run.work.shard.problems[0].given)
 
     def run(self) -> Receipt:
         """The receipt of what is measured, or was by an earlier merge; either is looked for twice,
         since another merge may be measuring the same right now.
         """
-        begin = time.perf_counter()
-        found = self._find_kept(begin)
+        found = self._find_kept(peak_bytes=0)
         if found is None:
             results, num_tokens = self._measure()
-            found = self._find_kept(begin) or self._write(results, begin, num_tokens)
+            peak_bytes = self._shard.shard.problems[0].host_bytes
+            found = self._find_kept(peak_bytes) or self._write(results, num_tokens, peak_bytes)
         write_receipt(self._storage, self._shard.output_uri, found)
-        self._report(len(self._shard.shard.problems), self._shard.shard.size)
+        self._run.tell(len(self._shard.shard.problems), self._shard.shard.size)
         return found
 
-    def _find_kept(self, begin: float) -> Receipt | None:
+    def _find_kept(self, peak_bytes: int) -> Receipt | None:
         """A receipt for what is kept of an earlier merge, if it is whole."""
-        shard, reading = self._shard.shard, time.perf_counter()
-        if not shard.folder:
+        if not self._shard.shard.folder:
             return None
         [uri] = self._shard.file_uris
-        record = find_kept(self._storage, uri)
+        with self._run.timed("fetch"):
+            record = find_kept(self._storage, uri)
         if record is None:
             return None
-        self._bytes_read += record.size
-        self._requests += 1
-        self._seconds["fetch"] += time.perf_counter() - reading
-        return msgspec.structs.replace(
-            record,
-            plan_digest=self._shard.plan_digest,
-            shard_index=shard.index,
-            bytes_read=self._bytes_read,
-            read_requests=self._requests,
-            peak_buffer_bytes=shard.problems[0].host_bytes if self._seconds["solve"] else 0,
-            seconds=self._seconds | {"total": time.perf_counter() - begin},
-            device=device_name(self._device),
-            worker=_worker_name(),
-            rates=self._rates,
-            reused=True,
-        )
+        self._run.bytes_read += record.size
+        self._run.read_requests += 1
+        stat = ObjectStat(uri, record.size, record.version)
+        receipt = self._run.receipt(stat, record.sha256, record.problems, peak_bytes)
+        return msgspec.structs.replace(receipt, reused=True)
 
     def _measure(self) -> tuple[list[torch.Tensor], int]:
         """Results in the order of the shard's problems, and the number of tokens."""
@@ -136,40 +100,39 @@ class _StatisticsRun:
         for weight in work.weights:
             skeleton.load(weight.name, self._read().view(weight.shape))
         skeleton.check_block()
-        solving = time.perf_counter()
         runner = BlockRunner(skeleton, work, self._device)
-        with float32_products(torch.device(self._device)), torch.no_grad():
+        with (
+            self._run.timed("solve"),
+            float32_products(torch.device(self._device)),
+            torch.no_grad(),
+        ):
             left = runner.run(tokens, hidden, images, self._check_cancelled)
             results = self._results(tokens, left, runner)
-        self._seconds["solve"] = time.perf_counter() - solving
         return results, int((tokens != PADDING).sum())
 
     def _go_back(self) -> tuple[list[torch.Tensor], int]:
         fisher = FisherRun(self._work, self._read, self._device)
-        solving = time.perf_counter()
-        results = fisher.run(self._check_cancelled)
-        self._check_finite(results)
-        self._seconds["solve"] = time.perf_counter() - solving
+        with self._run.timed("solve"):
+            results = fisher.run(self._check_cancelled)
+            self._check_finite(results)
         return results, fisher.num_tokens
 
     def _read(self) -> torch.Tensor:
         """The next of what the shard is given, flat."""
-        begin = time.perf_counter()
         source: Source = next(self._given)
         file = self._shard.files[source.file]
         data = torch.empty(source.num_bytes, dtype=torch.uint8)
         if source.num_bytes:
             buffer = data.numpy().data
-            self._storage.read_into(file.uri, source.start, buffer, version=file.version)
-        self._bytes_read += source.num_bytes
-        self._requests += 1
-        self._seconds["fetch"] += time.perf_counter() - begin
+            with self._run.timed("fetch"):
+                self._storage.read_into(file.uri, source.start, buffer, version=file.version)
+        self._run.bytes_read += source.num_bytes
+        self._run.read_requests += 1
         return data.view(torch_dtype(source.dtype))
 
     def _check_cancelled(self) -> None:
-        if self._cancelled is not None and self._cancelled():
-            raise Cancelled("The merge was cancelled.")
-        self._report(0, 0)
+        self._run.check_cancelled()
+        self._run.tell(0, 0)
 
     def _results(
         self, tokens: torch.Tensor, left: torch.Tensor | None, runner: BlockRunner
@@ -192,32 +155,19 @@ class _StatisticsRun:
                     context={"tensor_name": problem.tensor_name, "uri": self._work.uri},
                 )
 
-    def _write(self, results: list[torch.Tensor], begin: float, num_tokens: int) -> Receipt:
-        shard, writing = self._shard.shard, time.perf_counter()
+    def _write(self, results: list[torch.Tensor], num_tokens: int, peak_bytes: int) -> Receipt:
+        shard = self._shard.shard
         budget = MemoryBudget(self._shard.memory_budget)
-        with ShardFiles(self._storage, self._shard.file_uris, shard.size, budget) as files:
+        with (
+            self._run.timed("write"),
+            ShardFiles(self._storage, self._shard.file_uris, shard.size, budget) as files,
+        ):
             files.write(shard_header(shard.problems))
             for problem, result in zip(shard.problems, results, strict=True):
                 assert result.numel() == problem.num_entries
                 files.write(result)
             [(stat, sha256)] = files.finish()
-        self._seconds["write"] = time.perf_counter() - writing
-        receipt = Receipt(
-            plan_digest=self._shard.plan_digest,
-            shard_index=shard.index,
-            file_name=shard.file_name,
-            size=stat.size,
-            sha256=sha256,
-            version=stat.version,
-            bytes_read=self._bytes_read,
-            read_requests=self._requests,
-            peak_buffer_bytes=shard.problems[0].host_bytes,
-            seconds=self._seconds | {"total": time.perf_counter() - begin},
-            device=device_name(self._device),
-            worker=_worker_name(),
-            problems=self._figures(num_tokens),
-            rates=self._rates,
-        )
+        receipt = self._run.receipt(stat, sha256, self._figures(num_tokens), peak_bytes)
         if shard.folder:
             write_record(self._storage, stat.uri, receipt)
         return receipt
@@ -236,21 +186,12 @@ class _StatisticsRun:
             ProblemFigures(
                 tensor_name=problem.tensor_name,
                 method=STATISTICS,
-                solve_seconds=0.0 if number else round(self._seconds["solve"], 6),
+                solve_seconds=0.0 if number else round(self._run.seconds["solve"], 6),
                 figures={} if number else told,
             )
             for number, problem in enumerate(self._shard.shard.problems)
         )
 
-    def _report(self, num_done: int, bytes_written: int) -> None:
-        if self._on_progress is not None:
-            counts = ShardCounts(num_done, num_done, num_done, self._bytes_read, bytes_written)
-            self._on_progress(counts)
-
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(e)) for e in torch.aminmax(tensor)) if tensor.numel() else True
-
-
-def _worker_name() -> str:
-    return f"{platform.node()}:{os.getpid()}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,14 @@ from typing import Any
 import msgspec
 
 from merging.checkpoint.index import TensorEntry, checkpoint_digest
-from merging.dtypes import is_float
 from merging.plan.expert_samples import read_expert_samples, sample_sources, tokenizer_files
 from merging.plan.images import Images
 from merging.plan.inputs import Expert
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import STATISTICS, Problem, Setting, Source
 from merging.plan.problems import ProblemBuilder
-from merging.plan.runnable import architecture, hidden_width, role_of, stacks_of
+from merging.plan.runnable import architecture, hidden_width, role_of, split_by_block, stacks_of
+from merging.plan.statistics_cost import forward_bytes, forward_flops, measured_entries
 from merging.plan.statistics_work import (
     HIDDEN,
     IDS,
@@ -44,9 +43,6 @@ from merging.recipe.calibration import join_calibration
 from merging.sampled import LINEAR, NORM
 from merging.storage.base import Storage
 
-_BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
-_BEFORE_NAMES = re.compile(r"embed|(^|\.)(pre_lay\w*norm|ln_pre|norm_pre)\.")
-"""Of other tensors there; what the worker finds missing it refuses to do without."""
 _SHARED_INPUT = {
     "attention.q": "attention",
     "attention.k": "attention",
@@ -59,7 +55,6 @@ _SHARED_INPUT = {
     "mlp.shared_experts.up": "mlp",
 }
 """Roles of layers that read the same: one statistic serves them (the worker checks it)."""
-_HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +164,10 @@ class ExpertChain:
             shapes.append((IDS, self._hidden_shape[:2], "I32"))
         if leaves:
             shapes.append((HIDDEN, self._hidden_shape, "F32"))
-        shapes += [(m.name, (self._entries(m) + (m.num_experts or 1),), "F32") for m in measured]
+        num_tokens = math.prod(self._hidden_shape[:2])
+        for m in measured:
+            entries_with_counts = measured_entries(m, num_tokens) + (m.num_experts or 1)
+            shapes.append((m.name, (entries_with_counts,), "F32"))
         if not shapes:
             return {}
         sample_work, files = self._sample_sources() if block < 0 else (None, ())
@@ -190,8 +188,8 @@ class ExpertChain:
             work,
             shapes,
             (*self._given, *files, *weights),
-            num_bytes=self._memory(work, weights, files),
-            flops=self._flops(work),
+            num_bytes=forward_bytes(work, self._hidden_shape[2], weights, files),
+            flops=forward_flops(work),
         )
         if leaves:
             tokens = places[IDS] if block < 0 else self._given[0]
@@ -261,24 +259,8 @@ class ExpertChain:
         return json.dumps(told, sort_keys=True)
 
     def _split(self) -> dict[int, list[TensorEntry]]:
-        """Tensors by the block whose shard reads them; -1 is what stands before the blocks."""
-        parts: dict[int, list[TensorEntry]] = {n: [] for n in range(-1, self.num_blocks)}
-        for entry in self._index.tensors.values():
-            role = role_of(self._index, entry)
-            if not is_float(entry.dtype):
-                continue
-            if role.layer >= 0:
-                parts[role.layer].append(entry)
-            elif role.kind in _BEFORE_BLOCKS or _BEFORE_NAMES.search(entry.name):
-                parts[-1].append(entry)
-            elif role.kind != "head" and not self._is_of_head(entry):
-                parts[self.num_blocks - 1].append(entry)
-        return parts
-
-    def _is_of_head(self, entry: TensorEntry) -> bool:
-        """A bias beside a head's weight."""
-        weight = self._index.tensors.get(entry.name.removesuffix("bias") + "weight")
-        return weight is not None and role_of(self._index, weight).kind == "head"
+        """Tensors by the part that they belong to: a block, or -1 for what stands before them."""
+        return split_by_block(self._index, self.num_blocks)
 
     def _measures(self, entries: Sequence[TensorEntry]) -> tuple[list[Measure], dict[str, str]]:
         """What is measured among these tensors, and under which name for each of them."""
@@ -308,51 +290,5 @@ class ExpertChain:
         made |= {stack.modules[0]: stack.name for stack in stacks}
         return measures + stacks, made
 
-    def _entries(self, measure: Measure) -> int:
-        num_experts = measure.num_experts or 1
-        if measure.kind == "gram":
-            return num_experts * measure.width**2
-        if measure.kind == "rows":
-            return num_experts * self._hidden_shape[0] * self._hidden_shape[1] * measure.width
-        return measure.width
-
     def _sample_sources(self) -> tuple[SampleWork | None, tuple[Source, ...]]:
         return sample_sources(self._index, self._samples, self._tokenizer, self._builder)
-
-    def _memory(
-        self, work: StatisticsWork, weights: Sequence[Source], files: Sequence[Source]
-    ) -> int:
-        """Host bytes: the block in float32 and one tensor as stored, activations, statistics; the
-        samples as stored, and images in float32.
-        """
-        entries = sum(_product(weight.shape) for weight in work.weights)
-        stored = max((source.num_bytes for source in weights), default=0)
-        statistics = sum((12 if m.kind == "gram" else 4) * self._entries(m) for m in work.measures)
-        states = 2 * 4 * _product(self._hidden_shape)
-        images = work.num_samples if work.block < 0 else work.batch
-        samples = sum(f.num_bytes for f in files) + 4 * images * math.prod(work.image_shape or (0,))
-        return (
-            4 * entries + stored + states + statistics + samples + self._running(work, work.batch)
-        )
-
-    def _running(self, work: StatisticsWork, batch: int) -> int:
-        """Bytes that so many samples take on their way through a block."""
-        widest = max((max(w.shape) for w in work.weights if len(w.shape) == 2 and work.block >= 0),
-                     default=self._hidden_shape[2])  # fmt: skip
-        config = self._index.config
-        heads = next((config[key] for key in _HEAD_KEYS if isinstance(config.get(key), int)), 16)
-        tokens = batch * work.length
-        return 4 * tokens * (8 * widest + 3 * heads * work.length)
-
-    def _flops(self, work: StatisticsWork) -> float:
-        tokens = work.num_samples * work.length
-        through = sum(2.0 * tokens * _product(weight.shape) for weight in work.weights)
-        squares = sum(2.0 * tokens * m.width**2 for m in work.measures if m.kind == "gram")
-        return squares + (through if work.block >= 0 else 0.0)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

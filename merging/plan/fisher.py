@@ -25,19 +25,11 @@ from merging.plan.architectures import causal_architectures
 from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.inputs import Expert
 from merging.plan.plan import Problem, Source
-from merging.plan.runnable import architecture, role_of
-from merging.plan.statistics_work import (
-    GRADIENT,
-    LABELS,
-    SIZE,
-    Backward,
-    Measure,
-    StatisticsWork,
-)
+from merging.plan.runnable import architecture, is_of_head, role_of
+from merging.plan.statistics_cost import backward_bytes, backward_flops
+from merging.plan.statistics_work import GRADIENT, LABELS, SIZE, Backward, Measure
 from merging.plan.tensors import is_tied
 from merging.sampled import FISHER
-
-_FLOATS = 4
 
 
 def add_fisher(
@@ -146,11 +138,7 @@ class FisherChain(ExpertChain):
         before = {entry.shape for entry in parts[-1]}
         last = parts[self.num_blocks - 1]
         behind = [entry for entry in last if role_of(self._index, entry).layer < 0]
-        heads = [
-            entry
-            for entry in self._index.tensors.values()
-            if role_of(self._index, entry).kind == "head" or self._is_of_head(entry)
-        ]
+        heads = [entry for entry in self._index.tensors.values() if is_of_head(self._index, entry)]
         matrices = [entry for entry in heads if entry.shape in before and len(entry.shape) == 2]
         is_own = any(map(self._is_measured, matrices)) or not is_tied(self._index.config)
         self._is_tied = not (matrices and is_own)
@@ -189,34 +177,6 @@ class FisherChain(ExpertChain):
             work,
             shapes,
             (*given, *weights),
-            num_bytes=self._memory_back(work, weights),
-            flops=self._flops_back(work),
+            num_bytes=backward_bytes(work, self._hidden_shape[2], weights),
+            flops=backward_flops(work),
         )
-
-    def _flops_back(self, work: StatisticsWork) -> float:
-        """Forward, and twice that back; an embedding is looked up."""
-        is_run = work.block >= 0 or self._is_tied
-        tokens = self._hidden_shape[0] * self._hidden_shape[1]
-        return 6.0 * tokens * _num_entries(work) if is_run else 0.0
-
-    def _memory_back(self, work: StatisticsWork, weights: Sequence[Source]) -> int:
-        """Bytes: weights, gradients and sums, hidden states and their gradients, one sample's run.
-
-        For its way back a run keeps three times what it holds at once on its way forward. Logits
-        are there four times; a tied embedding has a gradient from either end.
-        """
-        measured = sum(measure.width for measure in work.measures)
-        is_both = self._is_tied and work.block < 0
-        states = 3 * math.prod(self._hidden_shape)
-        entries = _num_entries(work) + (3 if is_both else 2) * measured + states
-        stored = max((source.num_bytes for source in weights), default=0)
-        if work.is_last or is_both:
-            vocab = max(weight.shape[0] for weight in work.weights)
-            running = 4 * _FLOATS * work.length * vocab
-        else:
-            running = 3 * self._running(work, 1)
-        return _FLOATS * entries + stored + running
-
-
-def _num_entries(work: StatisticsWork) -> int:
-    return sum(math.prod(weight.shape) for weight in work.weights)

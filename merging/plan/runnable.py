@@ -1,8 +1,11 @@
-"""Which experts can be run block by block, told from config and headers."""
+"""Which experts can be run block by block, and what a block is, from config and headers."""
 
 from __future__ import annotations
 
+import re
+
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
+from merging.dtypes import is_float
 from merging.errors import Fault
 from merging.plan.architectures import known_architectures
 from merging.plan.images import is_vision, num_places
@@ -10,6 +13,9 @@ from merging.plan.inputs import Expert
 from merging.plan.wording import shorten_list
 from merging.roles import Role, describe_tensor
 
+_BEFORE_BLOCKS = frozenset({"embedding", "position", "conv"})
+_BEFORE_NAMES = re.compile(r"embed|(^|\.)(pre_lay\w*norm|ln_pre|norm_pre)\.")
+"""Of other tensors there; what the worker finds missing it refuses to do without."""
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
 
 
@@ -74,3 +80,28 @@ def stacks_of(index: CheckpointIndex) -> dict[str, set[int]]:
             stack = f".{entry.name}".partition(f".{layer}.")[0].removeprefix(".")
             stacks.setdefault(stack, set()).add(layer)
     return stacks
+
+
+def split_by_block(index: CheckpointIndex, num_blocks: int) -> dict[int, list[TensorEntry]]:
+    """Tensors by the block with which they are run: -1 is what stands before all.
+
+    What stands behind is run with the last one, but for the head, which no statistics need.
+    """
+    parts: dict[int, list[TensorEntry]] = {block: [] for block in range(-1, num_blocks)}
+    for entry in index.tensors.values():
+        role = role_of(index, entry)
+        if not is_float(entry.dtype):
+            continue
+        if role.layer >= 0:
+            parts[role.layer].append(entry)
+        elif role.kind in _BEFORE_BLOCKS or _BEFORE_NAMES.search(entry.name):
+            parts[-1].append(entry)
+        elif not is_of_head(index, entry):
+            parts[num_blocks - 1].append(entry)
+    return parts
+
+
+def is_of_head(index: CheckpointIndex, entry: TensorEntry) -> bool:
+    """Whether it is the head, or a bias beside its weight."""
+    weight = index.tensors.get(entry.name.removesuffix("bias") + "weight")
+    return any(role_of(index, one).kind == "head" for one in (entry, weight) if one is not None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import Cancelled, CheckpointError
-from merging.execute.shard import ShardCounts
+from merging.execute.shard_run import ShardCounts
 from merging.plan.plan import PLAN_FORMAT, Problem, Setting, Shard, ShardWork
 from merging.receipts import Receipt
 from workers.messages import ShardTask

@@ -209,7 +209,7 @@ def test_merges_that_measure_the_same_at_once_harm_neither(
 ) -> None:
     """Both have found nothing when they begin with a block, and both finish."""
     both = threading.Barrier(2)
-    measure = run_statistics.__globals__["_StatisticsRun"]._measure
+    measure = run_statistics.__globals__["_Measuring"]._measure
     waits = {"first", "second"}
 
     def together(run: Any) -> Any:
@@ -219,7 +219,7 @@ def test_merges_that_measure_the_same_at_once_harm_neither(
             both.wait(60)
         return results
 
-    monkeypatch.setattr(run_statistics.__globals__["_StatisticsRun"], "_measure", together)
+    monkeypatch.setattr(run_statistics.__globals__["_Measuring"], "_measure", together)
     failures: list[BaseException] = []
 
     def merge(name: str) -> None:

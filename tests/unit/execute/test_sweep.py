@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from merging.errors import Cancelled, CheckpointError, PlanError, RecipeError
-from merging.execute.shard import ShardCounts, run_shard
+from merging.execute.shard import run_shard
+from merging.execute.shard_run import ShardCounts
 from merging.local_run import run_plan
 from merging.ops import adam, spectral
 from merging.ops.problem import DenseProblem

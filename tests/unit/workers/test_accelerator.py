@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from merging.errors import WorkerError
-from workers.accelerator import choose_device, describe_device
+from merging.execute.shard_run import describe_device
+from workers.accelerator import choose_device
 
 
 @pytest.fixture(params=[0, 2])
