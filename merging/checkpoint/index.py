@@ -142,10 +142,14 @@ def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
             folder, _, name = uri.rpartition("/")
             raise pickle_error(folder, [name])
         found = f"{uri} is a file" if is_file else f"There is nothing at {uri}"
+        revision = (
+            " A revision, NAME@REVISION, has to lie in a folder of that whole name: hf download"
+            " NAME --revision REVISION --local-dir NAME@REVISION."
+        )
         raise StorageError(
             f"{found}. A checkpoint is a folder, or an s3:// prefix, that holds"
             f" config.json and model.safetensors or {INDEX_NAME} with its files. Models of the"
-            " Hugging Face hub must be downloaded first.",
+            f" Hugging Face hub must be downloaded first.{revision if '@' in uri else ''}",
             code="not_found",
             context={"uri": uri},
         )

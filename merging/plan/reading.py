@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,6 +99,7 @@ class _Models:
 
     def __init__(self, recipe: Recipe, storage: Storage) -> None:
         self.pointers: dict[str, str] = {}
+        self._architectures = recipe.architectures
         self._normalised: dict[str, str] = {}
         self._failures: list[tuple[str, MergeError]] = []
         self._indexes: dict[str, CheckpointIndex | AdapterIndex] = {}
@@ -150,6 +152,11 @@ class _Models:
         self._indexes = {
             u: found for u, found in results.items() if not isinstance(found, MergeError)
         }
+        for address, name in self._architectures.items():
+            uri = self._normalised[address]
+            index = self.checkpoint(uri)
+            config = {**index.config, "architectures": [name]}
+            self._indexes[uri] = dataclasses.replace(index, config=config)
 
     def checkpoint(self, uri: str) -> CheckpointIndex:
         """The checkpoint at an address.

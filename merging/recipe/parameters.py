@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -147,6 +147,23 @@ def shorten(value: Any) -> str:
     """A value for a message, cut if long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:80] + "…"
+
+
+def check_keys(
+    data: Mapping[str, Any], pointer: str, known: Set[str], refuse: Callable[[str, str], None]
+) -> None:
+    """Refuse keys of a mapping that nobody knows.
+
+    Args:
+        data: The mapping.
+        pointer: Where it stands.
+        known: The keys that there are.
+        refuse: Takes a JSON pointer, and what is wrong there.
+    """
+    for key in data:
+        if key not in known:
+            detail = f"Unknown key {shorten(key)}.{nearest(key, known)}"
+            refuse(f"{pointer}/{escape_pointer(key)}", detail)
 
 
 def nearest(name: str, known: Mapping[str, Any] | Set[str]) -> str:

@@ -130,6 +130,7 @@ class _Reader:
             tokenizer=read_tokenizer(data, self._faults),
             chat_template=self._chat_template(),
             calibration=read_calibration(data.get("calibration"), "/calibration", self._faults),
+            architectures=reader.architectures,
         )
         if method is not None:
             recipe = self._check(recipe, method)

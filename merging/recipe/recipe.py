@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merging.recipe.addresses import split_adapter
 from merging.recipe.document import escape_pointer
 from merging.recipe.tokenizer import TokenizerChoice
 from merging.selectors import ParameterValue, to_plain
@@ -138,6 +139,8 @@ class Recipe:
         tokenizer: Which tokenizer the output has; None is that of the base or first model.
         chat_template: ``auto``, the name of a known one, or a Jinja template.
         calibration: Where samples are, for experts that do not say so themselves.
+        architectures: By address of a model: the class that its config.json is taken to name
+            (``override_architecture``), wherever the recipe names that model.
     """
 
     merge_method: str
@@ -156,6 +159,7 @@ class Recipe:
     tokenizer: TokenizerChoice | None = None
     chat_template: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    architectures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -197,13 +201,14 @@ class Recipe:
         if self.documents:
             last = replace(self, documents=())
             return {"documents": [one.normalised() for one in (*self.documents, last)]}
+        name = self._plain_model
         plain = {
             "name": self.name,
             "merge_method": self.merge_method,
-            "base_model": self.base_model,
-            "models": [_plain_entry(entry) for entry in self.models] or None,
-            "slices": [_plain_slice(one) for one in self.slices] or None,
-            "modules": {one.name: _plain_module(one) for one in self.modules} or None,
+            "base_model": name(self.base_model),
+            "models": [_plain_entry(entry, name) for entry in self.models] or None,
+            "slices": [_plain_slice(one, name) for one in self.slices] or None,
+            "modules": {one.name: _plain_module(one, name) for one in self.modules} or None,
             "parameters": _plain(self.parameters) or None,
             "calibration": dict(self.calibration) or None,
             "dtype": self.dtype,
@@ -213,6 +218,14 @@ class Recipe:
         }
         return {key: value for key, value in sorted(plain.items()) if value is not None}
 
+    def _plain_model(self, address: str | None) -> str | dict[str, str] | None:
+        """A model's address, or the mapping that says its architecture too."""
+        model, adapter = split_adapter(address or "")
+        if model not in self.architectures:
+            return address
+        lora = {"lora": adapter} if adapter else {}
+        return {"model": model, **lora, "override_architecture": self.architectures[model]}
+
     @property
     def digest(self) -> str:
         """``sha256:…`` of the canonical JSON of :meth:`normalised`."""
@@ -220,29 +233,33 @@ class Recipe:
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
+_PlainModel = Callable[[str | None], Any]
+"""How the recipe writes a model."""
+
+
 def _plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     return {name: to_plain(value) for name, value in sorted(parameters.items())}
 
 
-def _plain_entry(entry: ModelEntry) -> dict[str, Any]:
+def _plain_entry(entry: ModelEntry, name: _PlainModel) -> dict[str, Any]:
     return (
-        {"model": entry.model}
+        {"model": name(entry.model)}
         | ({"layer_range": list(entry.layer_range)} if entry.layer_range else {})
         | ({"parameters": _plain(entry.parameters)} if entry.parameters else {})
         | ({"calibration": dict(entry.calibration)} if entry.calibration else {})
     )
 
 
-def _plain_module(module: Module) -> dict[str, Any]:
+def _plain_module(module: Module, name: _PlainModel) -> dict[str, Any]:
     parameters = {"parameters": _plain(module.parameters)} if module.parameters else {}
     if module.is_whole:
-        return {"models": [_plain_entry(e) for e in module.slices[0].sources]} | parameters
-    return {"slices": [_plain_slice(one) for one in module.slices]} | parameters
+        return {"models": [_plain_entry(e, name) for e in module.slices[0].sources]} | parameters
+    return {"slices": [_plain_slice(one, name) for one in module.slices]} | parameters
 
 
-def _plain_slice(one: Slice) -> dict[str, Any]:
+def _plain_slice(one: Slice, name: _PlainModel) -> dict[str, Any]:
     return (
-        {"sources": [_plain_entry(entry) for entry in one.sources]}
-        | ({"base_model": one.base_model} if one.base_model else {})
+        {"sources": [_plain_entry(entry, name) for entry in one.sources]}
+        | ({"base_model": name(one.base_model)} if one.base_model else {})
         | ({"parameters": _plain(one.parameters)} if one.parameters else {})
     )

@@ -7,13 +7,13 @@ from typing import Any
 
 from merging.errors import Fault
 from merging.method import MergeMethod
-from merging.recipe.addresses import address_problem, split_adapter
+from merging.recipe.addresses import read_model, split_adapter
 from merging.recipe.calibration import read_calibration
 from merging.recipe.document import escape_pointer
 from merging.recipe.parameters import (
     Rule,
+    check_keys,
     method_rules,
-    nearest,
     parameter_rules,
     read_parameters,
     shorten,
@@ -45,6 +45,9 @@ class SourceReader:
         method: The recipe's method; None if it is unknown, when only the form is checked.
         faults: What is wrong is added here.
         warnings: What was accepted and has no effect is added here.
+
+    Attributes:
+        architectures: By address of a model: what its config.json is taken to name.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class SourceReader:
     ) -> None:
         self._faults = faults
         self._warnings = warnings
+        self.architectures: dict[str, str] = {}
         self._all = method_rules(method) if method else None
         self._experts = parameter_rules(method.expert_parameters) if method else None
         self._own = parameter_rules(method.parameters) if method else {}
@@ -71,17 +75,19 @@ class SourceReader:
         for key in data:
             if key in unsupported:
                 self.refuse(f"{pointer}/{key}", unsupported[key], "incompatible_options")
-            elif key not in known:
-                detail = f"Unknown key {shorten(key)}.{nearest(key, known)}"
-                self.refuse(f"{pointer}/{escape_pointer(key)}", detail)
+        others = {key: value for key, value in data.items() if key not in unsupported}
+        check_keys(others, pointer, known, self.refuse)
 
     def address(self, value: Any, pointer: str) -> str:
         """A model's address; ``""`` if it is none."""
-        problem = address_problem(value)
-        if problem is None:
-            return str(value)
-        self.refuse(pointer, problem)
-        return ""
+        address, architecture = read_model(value, pointer, self.refuse)
+        model = split_adapter(address)[0]
+        if not (architecture and model):
+            return address
+        if self.architectures.setdefault(model, architecture) != architecture:
+            detail = f"{shorten(model)} is taken for a {self.architectures[model]} elsewhere."
+            self.refuse(f"{pointer}/override_architecture", detail)
+        return address
 
     def base(self, value: Any, pointer: str) -> str | None:
         """The address of a base model; None if there is none."""

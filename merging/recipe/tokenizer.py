@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merging.errors import Fault
-from merging.recipe.addresses import address_problem, split_adapter
+from merging.recipe.addresses import read_model, split_adapter
 from merging.recipe.document import escape_pointer
-from merging.recipe.parameters import nearest, shorten
+from merging.recipe.parameters import check_keys, shorten
 
 SOURCE_WORDS = frozenset({"base", "union"})
 """What ``tokenizer_source`` says instead of a model's address."""
@@ -113,7 +113,7 @@ def read_tokenizer(data: Mapping[str, Any], faults: list[Fault]) -> TokenizerCho
         detail = f"'tokenizer' is a mapping with 'source', not {shorten(value)}."
         reader.refuse("/tokenizer", detail)
         return None
-    reader.check_keys(value, "/tokenizer", _KEYS)
+    check_keys(value, "/tokenizer", _KEYS, reader.refuse)
     return TokenizerChoice(
         reader.address(value.get("source", "union"), "/tokenizer/source"),
         reader.tokens(value.get("tokens"), "/tokenizer/tokens"),
@@ -130,12 +130,6 @@ class _Reader:
     def refuse(self, pointer: str, detail: str, code: str = "invalid_recipe") -> None:
         self._faults.append(Fault(pointer, code, detail))
 
-    def check_keys(self, data: Mapping[str, Any], pointer: str, known: frozenset[str]) -> None:
-        for key in data:
-            if key not in known:
-                detail = f"Unknown key {shorten(key)}.{nearest(key, known)}"
-                self.refuse(f"{pointer}/{escape_pointer(key)}", detail)
-
     def address(self, value: Any, pointer: str) -> str:
         """``base``, ``union`` or a model's address; ``""`` if it is none of them."""
         if isinstance(value, str) and value in SOURCE_WORDS:
@@ -143,12 +137,10 @@ class _Reader:
         return self._model(value, pointer)
 
     def _model(self, value: Any, pointer: str) -> str:
-        if problem := address_problem(value):
-            self.refuse(pointer, problem)
-        elif split_adapter(value)[1] is not None:
-            self.refuse(pointer, "Name the model alone: an adapter has no vocabulary of its own.")
-        else:
-            return str(value)
+        address, _ = read_model(value, pointer, self.refuse)
+        if split_adapter(address)[1] is None:
+            return address
+        self.refuse(pointer, "Name the model alone: an adapter has no vocabulary of its own.")
         return ""
 
     def multiple(self, value: Any, pointer: str) -> int | None:
@@ -179,7 +171,7 @@ class _Reader:
         if not isinstance(raw, dict):
             self.refuse(pointer, f"A token has a mapping with 'source', not {shorten(raw)}.")
             return TokenChoice()
-        self.check_keys(raw, pointer, _TOKEN_KEYS)
+        check_keys(raw, pointer, _TOKEN_KEYS, self.refuse)
         force = raw.get("force", False)
         if not isinstance(force, bool):
             self.refuse(f"{pointer}/force", f"'force' is true or false, not {shorten(force)}.")
@@ -187,7 +179,7 @@ class _Reader:
         if source is None:
             detail = "Say with 'source' where the embedding is from: a model, or {kind: zero}."
             self.refuse(here, detail)
-        elif isinstance(source, dict):
+        elif isinstance(source, dict) and ("kind" in source or "model" not in source):
             return self._special(source, here, force=force is True)
         else:
             return TokenChoice(self._model(source, here), force=force is True)
@@ -200,7 +192,7 @@ class _Reader:
             self.refuse(f"{pointer}/kind", f"'kind' is zero or model_token, not {shorten(kind)}.")
             return TokenChoice()
         own = _KINDS[kind] | ({"token_id"} if kind == "model_token" else set())
-        self.check_keys(source, pointer, frozenset(own))
+        check_keys(source, pointer, own, self.refuse)
         if kind == "zero":
             return TokenChoice(force=force)
         token = self._part(source, "token", pointer, lambda t: isinstance(t, str) and t != "")

@@ -91,6 +91,10 @@ def _t5(**modules: Any) -> dict[str, Any]:
     }
 
 
+def _mistral(model: Any) -> dict[str, Any]:
+    return {"model": model, "lora": None, "override_architecture": "MistralForCausalLM"}
+
+
 VOCABULARIES = (
     (["<unk>", "<s>", *"abcdefgh"], ["</s>"]),
     (["<unk>", "<s>", *"hgfedcba", "x"], ["</s>", "<|end|>"]),
@@ -147,6 +151,18 @@ CASES = [
         _recipe("task_arithmetic", _models({"weight": [0.0, 1.0]}, {"weight": [1.0, 0.5, 0.0]})),
     ),
     Case("base listed with weight", _recipe("task_arithmetic", _models(*WEIGHTS, base=True))),
+    Case(
+        "models as mappings, taken for another class",
+        _recipe(
+            "task_arithmetic",
+            [
+                {"model": _mistral({"path": "E0"}), "parameters": {"weight": 0.3}},
+                {"model": _mistral("E1")},
+            ],
+            weight=0.9,
+        )
+        | {"base_model": _mistral({"path": "BASE", "revision": None})},
+    ),
     Case("ties", _recipe("ties", _models(*SPARSE))),
     Case("ties, rescaled", _recipe("ties", _models(*SPARSE), rescale=True), ROUNDING),
     Case(

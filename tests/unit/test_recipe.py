@@ -231,7 +231,6 @@ def test_one_kind_of_fault_gives_the_error_its_code() -> None:
         ({"models": [{"model": "hf://org/x"}]}, "/models/0/model", ["download the model"]),
         ({"models": [{"model": "https://x/y"}]}, "/models/0/model", ["https:// are not supported"]),
         ({"models": [{"model": "a\nb"}]}, "/models/0/model", ["one line"]),
-        ({"models": [{"model": {"path": "a"}}]}, "/models/0/model", ["override_architecture"]),
         ({"models": [{"model": "a", "weight": 1}]}, "/models/0/weight", ["model, parameters"]),
         ({"dtype": "floot16"}, "/dtype", ["float16"]),
         ({"out_dtype": "int64"}, "/out_dtype", ["not a float type"]),
