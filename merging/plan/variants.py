@@ -187,7 +187,8 @@ class VariantSettings:
                 )
                 faults.append(Fault(variant.pointer, "incompatible_options", detail))
                 continue
-            if any(map(takes_passes, table.settings, map(table.parameters, itertools.count()))):
+            is_refused = takes_passes if variant.name else _is_of_the_whole
+            if any(map(is_refused, table.settings, map(table.parameters, itertools.count()))):
                 detail = (
                     f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
                     " over the model, which variants cannot share. Submit it as a merge by itself."
@@ -225,11 +226,16 @@ class VariantSettings:
 
 
 def takes_passes(setting: Setting, parameters: Parameters | None) -> bool:
-    """Whether a setting's tensors are merged with the help of others."""
-    method = None if setting.method == COPY else get_method(setting.method)
-    if getattr(parameters, "svc", None) is not None or (method is not None and method.task_masks):
-        return True
-    if method is None or method.staged is None:
-        return method is not None and method.sequential
+    """Whether a setting's tensors are merged in several passes over the model."""
+    return getattr(parameters, "svc", None) is not None or _is_of_the_whole(setting, parameters)
+
+
+def _is_of_the_whole(setting: Setting, parameters: Parameters | None) -> bool:
+    """Whether a setting's tensors are merged with the help of others, which have its experts."""
+    if setting.method == COPY:
+        return False
+    method = get_method(setting.method)
+    if method.staged is None or method.task_masks:
+        return method.sequential or bool(method.task_masks)
     experts = [method.expert_parameters.model_validate(e) for e in setting.expert_parameters]
     return method.staged.group(parameters, experts) is not None

@@ -10,6 +10,7 @@ import torch
 from merging.errors import RecipeError
 from merging.local_run import run_plan
 from merging.options import MergeOptions
+from merging.plan.plan import Plan
 from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe
 from merging.storage.router import open_storage
@@ -69,6 +70,61 @@ def test_any_method_is_followed_by_the_formula(
         calibrated = found[name].double().numpy() - base.double().numpy()
         assert relative_difference(calibrated, expected) < 1e-3
         assert relative_difference(calibrated, update) > 1e-2
+
+
+def test_layers_of_slices_are_calibrated_by_the_experts_of_their_slice(
+    family: Family, tmp_path: Path
+) -> None:
+    """Layers exchanged, with other experts, another base and another α in each slice."""
+    base, experts = str(family.base), [str(expert) for expert in family.experts]
+    states = dict(zip([base, *experts], [family.base_state, *family.expert_states], strict=True))
+
+    def sliced(origin: str, layer: int, *others: str, **parameters: Any) -> dict[str, Any]:
+        sources = [{"model": model, "layer_range": [layer, layer + 1]} for model in others]
+        return {"sources": sources, "base_model": origin, "parameters": parameters}
+
+    def plan(output: str, own: dict[str, Any], **parameters: Any) -> Plan:
+        parts = [sliced(base, 1, *experts, **own), sliced(experts[0], 0, *experts[1:])]
+        document: dict[str, Any] = {"merge_method": "ties", "base_model": base, "slices": parts}
+        document["parameters"] = {"density": 0.5, "weight": 1, **parameters}
+        return make_plan(parse_recipe(document), storage, MergeOptions(), str(tmp_path / output))
+
+    storage = open_storage()
+    run_plan(plan("plain", {}), storage)
+    run_plan(plan("out", {"svc": 0.2}, svc=0.7), storage)
+    plain, found = load_merged(tmp_path / "plain"), load_merged(tmp_path / "out")
+    for number, (layer, origin, others, alpha) in enumerate(
+        ((1, base, experts, 0.2), (0, experts[0], experts[1:], 0.7))
+    ):
+        for name in (n for n in plain if f"layers.{number}." in n and "_proj" in n):
+            source = name.replace(f"layers.{number}.", f"layers.{layer}.")
+            start = states[origin][source]
+            vectors = oracle.task_vectors(start, [states[model][source] for model in others])
+            update = plain[name].double().numpy() - start.double().numpy()
+            calibrated = found[name].double().numpy() - start.double().numpy()
+            expected = oracle.svc(update, vectors, alpha)
+            assert relative_difference(calibrated, expected) < 1e-3
+            assert relative_difference(calibrated, update) > 1e-2
+
+
+def test_modules_are_calibrated_like_a_whole_model(family: Family, tmp_path: Path) -> None:
+    whole = recipe(family, "task_arithmetic", svc=0.1)
+    as_module = {**whole, "modules": {"default": {"models": whole["models"]}}, "models": None}
+    shards = [
+        make_plan(parse_recipe(one), open_storage(), MergeOptions(), str(tmp_path / "out")).shards
+        for one in (whole, as_module)
+    ]
+    assert shards[0] == shards[1]
+    assert any(shard.kind == "intermediate" for shard in shards[0])
+
+
+def test_variants_of_a_sweep_are_not_calibrated(family: Family, tmp_path: Path) -> None:
+    document = recipe(family, "task_arithmetic") | {
+        "sweep": [{"name": "a", "parameters": {"svc": 0.1}}, {"name": "b"}]
+    }
+    with pytest.raises(RecipeError, match="several passes") as caught:
+        make_plan(parse_recipe(document), open_storage(), MergeOptions(), str(tmp_path / "out"))
+    assert [fault.pointer for fault in caught.value.faults] == ["/sweep/0"]
 
 
 def test_bytes_do_not_depend_on_how_work_is_cut(family: Family, tmp_path: Path) -> None:
