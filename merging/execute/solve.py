@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,7 +228,7 @@ def check_finite(flat: torch.Tensor, what: str, code: str) -> None:
     if flat.dtype.itemsize == 1:
         flat = flat.to(torch.float32)
     for block in flat.split(_CHECK_BLOCK):
-        if block.numel() and not all(bool(torch.isfinite(e)) for e in torch.aminmax(block)):
+        if block.numel() and not all(math.isfinite(e) for e in torch.aminmax(block)):
             nan = int(torch.isnan(flat).sum())
             infinite = int(torch.isinf(flat).sum())
             first = int((~torch.isfinite(flat)).nonzero()[0])
