@@ -46,9 +46,10 @@ from service.middleware import Authentication, BodyRules, RequestContext
 from service.news import News
 from service.problems import PROBLEM_JSON
 from service.settings import Settings
-from service.tracing import TracedRequests, Tracing
+from service.tracing import TracedRequests
 from service.webhooks.address_guard import AddressGuard
 from service.webhooks.secrets import SecretKeys
+from workers.tracing import Tracing
 
 _COMPRESS_FROM_BYTES = 1024
 _COMPRESS_LEVEL = 2  # a third of the time that 4 takes, for a few per cent

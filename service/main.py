@@ -87,9 +87,10 @@ def serve(settings: Settings, *, announce: Callable[[str], None] = _to_console) 
         runner = None
         if settings.run_jobs:
             pool = _make_pool(settings)
-            stack.callback(pool.close)
             seen = metered(store, RunnerMetrics(metrics))
-            seen = traced(seen, tracing) if tracing else seen
+            if tracing is not None and settings.otlp_endpoint:
+                seen, pool = traced(seen, pool, tracing, settings.otlp_endpoint)
+            stack.callback(pool.close)
             runner = _make_runner(settings, seen, pool, forecast, storage_metrics)
         app = create_app(
             settings,

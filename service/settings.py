@@ -235,8 +235,9 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         default=None,
         pattern=r"^https?://",
-        description="Collector of traces that speaks OTLP over HTTP, as in http://host:4318; needs"
-        " the extra otel. Headers for it: OTEL_EXPORTER_OTLP_HEADERS.",
+        description="Collector of traces that speaks OTLP over HTTP, as in http://host:4318; the"
+        " service and its workers send to it, and need the extra otel. Headers for it:"
+        " OTEL_EXPORTER_OTLP_HEADERS, in the environment of both.",
     )
     log_json: bool | None = Field(
         default=None, description="Log lines as JSON; default: unless standard error is a terminal."

@@ -1,4 +1,4 @@
-"""Traces (OpenTelemetry) from a request over its job to the shards, if an endpoint is configured.
+"""A span for each request, if an endpoint for traces is configured.
 
 The request's place in its trace is kept with the job, so that a runner on another machine, days
 later, still adds to the same trace.
@@ -6,74 +6,13 @@ later, still adds to the same trace.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merging.errors import MergeError
 from service.settings import ENV_PREFIX
-
-if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span, SpanKind
-    from opentelemetry.util.types import AttributeValue
-
-
-class Tracing:
-    """Makes spans and sends them from a thread of its own; an endpoint that is away costs nothing.
-
-    Args:
-        exporter: Where spans go.
-        version: Of the service.
-    """
-
-    def __init__(self, exporter: SpanExporter, version: str) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        resource = Resource.create({"service.name": "mergeyard", "service.version": version})
-        self._provider: TracerProvider = TracerProvider(resource=resource)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("mergeyard", version)
-        self._propagator = TraceContextTextMapPropagator()
-
-    def begin(
-        self,
-        name: str,
-        parent: Span | str | None,
-        attributes: Mapping[str, AttributeValue],
-        *,
-        kind: SpanKind | None = None,
-    ) -> Span:
-        """A span that the caller ends; the parent is a span, or the text of a ``traceparent``."""
-        from opentelemetry import trace
-
-        context: Context | None = None
-        if isinstance(parent, str):
-            context = self._propagator.extract({"traceparent": parent})
-        elif parent is not None:
-            context = trace.set_span_in_context(parent)
-        return self._tracer.start_span(
-            name, context, kind or trace.SpanKind.INTERNAL, attributes=attributes
-        )
-
-    def traceparent(self, span: Span) -> str:
-        """What a span is called in the header of that name (W3C Trace Context)."""
-        from opentelemetry import trace
-
-        carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, trace.set_span_in_context(span))
-        return carrier["traceparent"]
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+from workers import tracing
+from workers.tracing import Tracing
 
 
 def open_tracing(endpoint: str, version: str) -> Tracing:
@@ -83,14 +22,13 @@ def open_tracing(endpoint: str, version: str) -> Tracing:
         MergeError: ``bad_setting``: the packages for it are not installed.
     """
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        return tracing.open_tracing(endpoint, version)
     except ImportError as error:
         raise MergeError(
             f"{ENV_PREFIX}OTLP_ENDPOINT needs OpenTelemetry's exporter: pip install"
             " 'mergeyard[otel]'.",
             code="bad_setting",
         ) from error
-    return Tracing(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"), version)
 
 
 class TracedRequests:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merging.execute.shard import run_shard as run_plain_shard
-from merging.execute.shard_run import ShardCounts, describe_device
+from merging.execute.shard_run import ShardCounts, StageNote, describe_device
 from merging.plan.plan import ShardWork
 from merging.probe import measure_rates
 from merging.rates import RateBook, Rates, Transfer, storage_kind
@@ -29,6 +29,7 @@ def run_shard(
     device: str = "cpu",
     on_progress: Callable[[ShardCounts], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    on_stage: StageNote | None = None,
 ) -> Receipt:
     """:func:`merging.execute.shard.run_shard` with rates in the receipt.
 
@@ -37,7 +38,13 @@ def run_shard(
     machine = _machine()
     rates = machine.rates(device, work.threads)
     receipt = run_plain_shard(
-        work, storage, device=device, on_progress=on_progress, cancelled=cancelled, rates=rates
+        work,
+        storage,
+        device=device,
+        on_progress=on_progress,
+        cancelled=cancelled,
+        rates=rates,
+        on_stage=on_stage,
     )
     machine.book.note(learn(rates, work, receipt))
     return receipt

@@ -17,7 +17,8 @@ class ShardTask(msgspec.Struct, frozen=True):
         work: What to do.
         storage_roots: Prefixes that may be read and written; empty allows everything (CLI).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        traceparent: Trace that the job belongs to; told in the worker's log.
+        traceparent: Span that the shard belongs to; told in the worker's log.
+        otlp_endpoint: Collector that the worker sends its own spans to; None: it makes none.
     """
 
     job_id: str
@@ -26,6 +27,7 @@ class ShardTask(msgspec.Struct, frozen=True):
     storage_roots: tuple[str, ...] = ()
     device: str = "auto"
     traceparent: str | None = None
+    otlp_endpoint: str | None = None
 
     @property
     def key(self) -> tuple[str, int]:

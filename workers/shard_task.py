@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 
 from merging.errors import MergeError, WorkerError
-from merging.execute.shard_run import describe_device
+from merging.execute.shard_run import StageNote, describe_device
 from merging.rates import storage_kind
 from merging.receipts import Receipt, read_receipt
 from merging.storage.base import Storage
@@ -37,6 +37,7 @@ from workers.messages import (
     StorageTimes,
 )
 from workers.redact import redact
+from workers.shard_spans import begin_spans
 
 ENGINE = "workers.measured:run_shard"
 """Dotted path of the function that produces a shard; resolved in the worker."""
@@ -52,6 +53,7 @@ def run_task(
     *,
     engine: str = ENGINE,
     note_storage: TimedRequest,
+    note_stage: StageNote | None = None,
 ) -> Receipt:
     """Do one shard, or return its receipt if it is published already.
 
@@ -61,6 +63,7 @@ def run_task(
         cancelled: Asked between steps.
         engine: Dotted path of the engine's function.
         note_storage: Told of each request to storage.
+        note_stage: Told how the engine spends its time.
 
     Raises:
         MergeError: Always one of our own; ``internal`` for what nobody foresaw.
@@ -77,7 +80,12 @@ def run_task(
         if receipt is None:
             run: Callable[..., Receipt] = pkgutil.resolve_name(engine)
             receipt = run(
-                work, storage, device=device, on_progress=progress.update, cancelled=cancelled
+                work,
+                storage,
+                device=device,
+                on_progress=progress.update,
+                cancelled=cancelled,
+                on_stage=note_stage,
             )
             progress.flush()
         return receipt
@@ -94,7 +102,27 @@ def finish_task(
     *,
     engine: str = ENGINE,
 ) -> ShardDone | ShardFailed:
-    """:func:`run_task` with its end as an event, and a line in the worker's own log."""
+    """:func:`run_task` with its end as an event, its spans, and a line in the worker's own log."""
+    spans = begin_spans(task)
+    if spans is None:
+        return _finish(task, emit, cancelled, engine)
+
+    def tell(event: PoolEvent) -> None:
+        spans.see(event)
+        emit(event)
+
+    end = _finish(task, tell, cancelled, engine, spans.note)
+    spans.see(end)
+    return end
+
+
+def _finish(
+    task: ShardTask,
+    emit: Callable[[PoolEvent], None],
+    cancelled: Callable[[], bool],
+    engine: str,
+    note_stage: StageNote | None = None,
+) -> ShardDone | ShardFailed:
     log = structlog.get_logger(__name__).bind(
         job_id=task.job_id,
         shard_index=task.work.shard.index,
@@ -104,7 +132,14 @@ def finish_task(
     begin = time.monotonic()
     times = _Times()
     try:
-        receipt = run_task(task, emit, cancelled, engine=engine, note_storage=times.note)
+        receipt = run_task(
+            task,
+            emit,
+            cancelled,
+            engine=engine,
+            note_storage=times.note,
+            note_stage=note_stage,
+        )
     except MergeError as error:
         log.warning(
             "shard_failed",

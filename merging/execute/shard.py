@@ -25,7 +25,7 @@ from merging.execute.given import Given, read_given
 from merging.execute.memory import BufferPool, MemoryBudget, give_back_freed_memory
 from merging.execute.output import ShardFiles
 from merging.execute.pieces import Group, Piece, cut_problems, group_pieces
-from merging.execute.shard_run import ShardCounts, ShardRun
+from merging.execute.shard_run import ShardCounts, ShardRun, StageNote
 from merging.execute.solve import Solver
 from merging.plan.packing import data_bytes, shard_header
 from merging.plan.plan import ALIGN, PLAN_FORMAT, STATISTICS, ShardWork
@@ -53,6 +53,7 @@ def run_shard(
     on_progress: Callable[[ShardCounts], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     rates: Rates | None = None,
+    on_stage: StageNote | None = None,
 ) -> Receipt:
     """Produce and publish one shard.
 
@@ -63,6 +64,7 @@ def run_shard(
         on_progress: Called after every piece.
         cancelled: Asked before every piece, and before each variant of it.
         rates: What is known of this machine's speed; goes into the receipt.
+        on_stage: Told how the solving thread spends its time: ``fetch``, ``solve``, ``write``.
 
     Returns:
         The receipt, which is already stored beside the output.
@@ -88,7 +90,7 @@ def run_shard(
     threads = torch.get_num_threads()
     torch.set_num_threads(work.threads)
     used = "cpu" if kind == ALIGN else device
-    run = ShardRun(work, storage, used, on_progress, cancelled, rates)
+    run = ShardRun(work, storage, used, on_progress, cancelled, rates, on_stage)
     try:
         if kind == ALIGN:
             from merging.execute.alignment import run_alignment

@@ -15,6 +15,9 @@ from merging.rates import Rates
 from merging.receipts import ProblemFigures, Receipt
 from merging.storage.base import ObjectStat, Storage
 
+StageNote = Callable[[str, float], None]
+"""``note(stage, seconds)``, at the end of each stretch of a stage, also of one that failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardCounts:
@@ -38,6 +41,7 @@ class ShardRun:
         on_progress: Called after every piece of work.
         cancelled: Asked before every piece of work.
         rates: What is known of this machine's speed.
+        on_stage: Told of each stretch that is accounted to a stage.
         bytes_read: From sources, so far.
         read_requests: That took.
         seconds: Wall time by stage, as the solving thread sees it: waiting for bytes is ``fetch``.
@@ -50,6 +54,7 @@ class ShardRun:
     on_progress: Callable[[ShardCounts], None] | None
     cancelled: Callable[[], bool] | None
     rates: Rates | None
+    on_stage: StageNote | None = None
     bytes_read: int = 0
     read_requests: int = 0
     seconds: dict[str, float] = field(
@@ -64,7 +69,10 @@ class ShardRun:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - sum(self.seconds.values()) - begin
+            seconds = time.perf_counter() - sum(self.seconds.values()) - begin
+            self.seconds[stage] += seconds
+            if self.on_stage is not None:
+                self.on_stage(stage, seconds)
 
     def check_cancelled(self) -> None:
         """Stop if nobody wants the result any more.

@@ -1,108 +1,167 @@
-"""Traces as a collector receives them: a small one that speaks OTLP over HTTP, on loopback."""
+"""Traces as a collector receives them, from a client's request to the stages of a shard."""
 
 from __future__ import annotations
 
-import threading
+import socket
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from service.jobs.states import JobState
+from tests.support import throttled_engine
 from tests.support.checkpoints import make_family
+from tests.support.collector import Collector, Told, collecting
+from tests.support.live_service import LiveService, live_service
 from tests.support.serving import served
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CLIENT_SPAN = "b7ad6b7169203331"
-
-
-class Collector(ThreadingHTTPServer):
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.spans: list[Any] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            import gzip
-
-            body = gzip.decompress(body)
-        request = ExportTraceServiceRequest.FromString(body)
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.server.spans.extend(scope.spans)
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
+TRACEPARENT = {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01"}
+STAGES = {"fetch", "solve", "write"}
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
-def attributes(span: Any) -> dict[str, Any]:
-    return {
-        item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes
-    }
-
-
-@pytest.mark.slow
-def test_a_trace_leads_from_the_clients_request_to_every_shard(
-    collector: Collector, tmp_path: Path
-) -> None:
+@pytest.fixture
+def body(tmp_path: Path) -> dict[str, Any]:
+    """A merge of a tiny model into several shards."""
     family = make_family(tmp_path / "models", num_experts=2)
-    endpoint = f"http://127.0.0.1:{collector.server_port}"
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": str(family.base),
         "models": [{"model": str(expert)} for expert in family.experts],
     }
-    body = {
-        "recipe": recipe,
-        "output_uri": str(tmp_path / "merged"),
-        "options": {"max_shard_size": "100kB"},
-    }
-    with served(tmp_path, otlp_endpoint=endpoint) as service:
-        headers = {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01"}
-        job = service.client.post("/v1/jobs", json=body, headers=headers).json()
-        service.client.get(f"/v1/jobs/{job['id']}/logs?follow=true")
+    options = {"max_shard_size": "100kB"}
+    return {"recipe": recipe, "output_uri": str(tmp_path / "merged"), "options": options}
+
+
+def merge(service: LiveService, body: dict[str, Any]) -> dict[str, Any]:
+    """Submit within the client's trace, wait for the end; the job as it is then."""
+    headers = {"Authorization": f"Bearer {service.token}", **TRACEPARENT}
+    answer = httpx.post(f"{service.url}/v1/jobs", json=body, headers=headers)
+    assert answer.status_code == 201, answer.text
+    with service.client() as client:
+        return client.wait(answer.json()["id"])
+
+
+def assert_within(span: Told, parent: Told) -> None:
+    assert span.trace == parent.trace == TRACE
+    assert span.parent == parent.id
+    assert parent.begin <= span.begin <= span.end
+
+
+def assert_tree(collector: Collector, job: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """From the client's span over request and job to every shard, its try and its stages."""
+    (request,) = collector.named("POST /v1/jobs", TRACE)
+    assert request.parent == CLIENT_SPAN
+    (merge,) = collector.named("merge task_arithmetic", TRACE)
+    assert_within(merge, request)
+    assert merge.attributes["job_id"] == job["id"]
+    assert merge.events[-1] == "publishing"
+    tries = collector.named("shard", TRACE)
+    assert len(tries) == len(shards) > 1
+    assert {span.attributes["shard_index"] for span in tries} == {s["index"] for s in shards}
+    for span in tries:
+        assert_within(span, merge)
+        assert span.end <= merge.end
+        assert span.events == ["started"]
+        (attempt,) = collector.below(span)
+        assert attempt.name == "attempt"
+        assert_within(attempt, span)
+        assert_attempt(attempt, span)
+        stages = collector.below(attempt)
+        assert {stage.name for stage in stages} == STAGES
+        for stage in stages:
+            assert_within(stage, attempt)
+            assert stage.end <= attempt.end
+            assert stage.attributes["seconds"] <= (stage.end - stage.begin) / 1e9 + 1e-3
+
+
+def assert_attempt(attempt: Told, shard: Told) -> None:
+    facts = attempt.attributes
+    for name in ("job_id", "shard_index", "attempt", "worker", "device", "bytes_read"):
+        assert facts[name] == shard.attributes[name]
+    assert facts["bytes_written"] == shard.attributes["size"]
+    assert facts["tensors"] == facts["tensors_solved"] > 0
+    assert facts.get("first_layer", 0) <= facts.get("last_layer", 1) <= 1
+    assert attempt.resource["service.name"] == "mergeyard-worker"
+    node, _, process = facts["worker"].rpartition(":")
+    assert attempt.resource["host.name"] == node
+    assert attempt.resource["process.pid"] == int(process)
+
+
+def test_a_trace_leads_from_the_clients_request_to_the_stages_of_every_shard(
+    collector: Collector, body: dict[str, Any], tmp_path: Path
+) -> None:
+    with live_service(tmp_path / "data", tmp_path, otlp_endpoint=collector.endpoint) as service:
+        job = merge(service, body)
+        with service.client() as client:
+            shards = client.shards(job["id"])
+    assert job["state"] == JobState.SUCCEEDED
+    assert_tree(collector, job, shards)
+
+
+def test_each_try_at_a_shard_is_a_span_of_its_own(
+    collector: Collector, body: dict[str, Any], tmp_path: Path
+) -> None:
+    with live_service(
+        tmp_path / "data",
+        tmp_path,
+        otlp_endpoint=collector.endpoint,
+        engine=throttled_engine.ENGINE,
+        retry_seconds=0.01,
+    ) as service:
+        job = merge(service, body)
+    assert job["state"] == JobState.SUCCEEDED
+    (index,) = [s.attributes["shard_index"] for s in collector.named("shard") if s.is_error]
+    tries = [s for s in collector.named("shard", TRACE) if s.attributes["shard_index"] == index]
+    assert [span.attributes["attempt"] for span in tries] == [1, 2]
+    first, second = (collector.below(span)[0] for span in tries)
+    assert [first.is_error, second.is_error] == [True, False]
+    assert first.attributes["error.type"] == tries[0].attributes["error.type"] == "throttled"
+    assert "error.type" not in second.attributes
+    assert "fetch" in {span.name for span in collector.below(first)}
+    assert {span.name for span in collector.below(second)} == STAGES
+
+
+@pytest.mark.parametrize("is_silent", [False, True], ids=["refuses", "never answers"])
+def test_a_merge_succeeds_without_its_collector(
+    body: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_silent: bool
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # what closing the service waits
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if not is_silent:
+            silent.close()
+        endpoint = f"http://127.0.0.1:{port}"
+        with live_service(tmp_path / "data", tmp_path, otlp_endpoint=endpoint) as service:
+            job = merge(service, body)
+    assert job["state"] == JobState.SUCCEEDED
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_spans_of_ray_workers_have_come_when_their_job_has_ended(
+    collector: Collector, body: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"pool": "ray", "ray_num_cpus": 2, "otlp_endpoint": collector.endpoint}
+    with served(tmp_path, **settings) as service:
+        job = service.client.post("/v1/jobs", json=body, headers=TRACEPARENT).json()
+        list(service.client.get(f"/v1/jobs/{job['id']}/logs?follow=true", timeout=120).iter_lines())
         shards = service.client.get(f"/v1/jobs/{job['id']}/shards").json()["data"]
+        attempts = collector.named("attempt", TRACE)
+        assert len(attempts) == len(shards)
+        assert service.process.pid not in {span.resource["process.pid"] for span in attempts}
         service.client.get("/v1/jobs", headers={"traceparent": "nonsense"})
         assert service.terminate() == 0
-
-    mine = [span for span in collector.spans if span.trace_id.hex() == TRACE]
-    by_name: dict[str, list[Any]] = {}
-    for span in mine:
-        by_name.setdefault(span.name, []).append(span)
-    (request,) = by_name["POST /v1/jobs"]
-    (merge,) = by_name["merge task_arithmetic"]
-    assert request.parent_span_id.hex() == CLIENT_SPAN
-    assert merge.parent_span_id == request.span_id
-    assert attributes(merge)["job_id"] == job["id"]
-    assert [event.name for event in merge.events][-1] == "publishing"
-    assert len(by_name["shard"]) == len(shards) > 1
-    for span in by_name["shard"]:
-        assert span.parent_span_id == merge.span_id
-        assert merge.start_time_unix_nano <= span.start_time_unix_nano
-        assert span.end_time_unix_nano <= merge.end_time_unix_nano
-        assert attributes(span)["bytes_read"] > 0
-    assert {attributes(span)["shard_index"] for span in by_name["shard"]} == {
-        shard["index"] for shard in shards
-    }
+    assert_tree(collector, job, shards)
 
 
 @pytest.mark.slow

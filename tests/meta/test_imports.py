@@ -14,6 +14,7 @@ NUMERICS = {"torch", "numpy", "safetensors"}
 CLUSTER = {"ray"}
 WEB = {"fastapi", "starlette", "uvicorn", "httpx"}
 DATABASE = {"sqlalchemy", "alembic", "psycopg"}
+TRACES = {"opentelemetry"}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,8 @@ DATABASE = {"sqlalchemy", "alembic", "psycopg"}
         ("merging.local_run", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),
         ("merging.storage.router", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),
         ("workers.messages", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),
-        ("workers.local_pool", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),
+        ("workers.local_pool", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE | TRACES),
+        ("service.main", {"opentelemetry.sdk", "opentelemetry.exporter"}),
         ("workers.ray_pool", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),
         ("service.client", NUMERICS | CLOUD | CLUSTER | DATABASE | {"fastapi", "pydantic"}),
         ("service.console", NUMERICS | CLOUD | CLUSTER | WEB | DATABASE),

@@ -16,11 +16,15 @@ from service.app import create_app
 from service.auth import Scope
 from service.client import Client
 from service.jobs.sql_store import SqlJobStore, open_store
+from service.jobs.store import JobStore
 from service.runner.loop import Runner
 from service.runner.settings import RunnerSettings
+from service.runner.traces import traced
 from service.server import Server, address_of, bind
 from service.settings import load_settings
+from service.tracing import open_tracing
 from workers.local_pool import LocalPool
+from workers.pool import ShardPool
 from workers.shard_task import ENGINE
 
 _PATIENCE_SECONDS = 30
@@ -55,6 +59,7 @@ def live_service(
     port: int = 0,
     engine: str = ENGINE,
     root_path: str = "",
+    otlp_endpoint: str | None = None,
     **runner_settings: Any,
 ) -> Iterator[LiveService]:
     """Serve in threads until the context ends; jobs may read and write below ``root``."""
@@ -72,10 +77,19 @@ def live_service(
         data_dir.mkdir(parents=True, exist_ok=True)
         store = open_store(chosen.effective_database_url)
         stack.callback(store.close)
-        pool = LocalPool(engine=engine)
+        tracing = None
+        seen: JobStore = store
+        pool: ShardPool = LocalPool(engine=engine)
+        if otlp_endpoint is not None:
+            tracing = open_tracing(otlp_endpoint, "0")
+            stack.callback(tracing.close)
+            seen, pool = traced(store, pool, tracing, otlp_endpoint)
         stack.callback(pool.close)
-        runner = Runner(store, lambda: open_storage(roots), pool, quick)
-        server = Server(create_app(chosen, store, storage=open_storage(roots), poll_seconds=0.02))
+        runner = Runner(seen, lambda: open_storage(roots), pool, quick)
+        app = create_app(
+            chosen, store, storage=open_storage(roots), poll_seconds=0.02, tracing=tracing
+        )
+        server = Server(app)
         listener = bind("127.0.0.1", port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api")
         _, token = store.create_token("test", [Scope.ADMIN])

@@ -69,6 +69,7 @@ def run_stub(
     device: str,
     on_progress: Callable[[ShardCounts], None],
     cancelled: Callable[[], bool],
+    on_stage: object,
 ) -> Receipt:
     """Stands in for :func:`merging.execute.shard.run_shard`."""
     parameters = work.settings[0].parameters

@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -143,6 +144,30 @@ def test_progress_counts_rise_to_the_whole_shard(family, tmp_path):
         plan.totals.bytes_read,
         plan.shards[0].size,
     )
+
+
+def test_stages_are_told_as_the_receipt_sums_them_up(family, tmp_path):
+    storage = open_storage()
+    plan = plan_merge(family, "linear", storage, tmp_path / "out")
+    told = Counter()
+    [receipt] = run_all(
+        plan, storage, on_stage=lambda stage, seconds: told.update({stage: seconds})
+    )
+    stages = {name: seconds for name, seconds in receipt.seconds.items() if name != "total"}
+    assert told == pytest.approx(stages)
+    assert all(told.values())
+    assert sum(told.values()) <= receipt.seconds["total"]
+
+
+def test_a_stage_that_fails_is_told(family, tmp_path):
+    storage = open_storage()
+    plan = plan_merge(family, "linear", storage, tmp_path / "out")
+    for file in family.experts[0].glob("*.safetensors"):
+        file.unlink()
+    told = []
+    with pytest.raises(StorageError):
+        run_all(plan, storage, on_stage=lambda stage, _: told.append(stage))
+    assert "fetch" in told
 
 
 def test_cancelling_leaves_neither_file_nor_receipt(family, tmp_path):
