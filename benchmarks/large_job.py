@@ -45,6 +45,7 @@ class LargeJob:
             recipe=_RECIPE,
             recipe_digest="sha256:recipe",
             method="swudi_a",
+            methods=("swudi_a",),
             output_uri="/models/merged-405b",
             inputs=({"uri": "/models/a", "role": "expert", "digest": "sha256:a"},),
         )

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import yaml
 
-from merging.method import MergeMethod, get_method
+from merging.method import get_method
 from merging.plan.plan import Plan, Problem
+from merging.plan.summary import plan_methods
 from merging.plan.timing import shard_seconds
 from merging.plan.wording import shorten_list
 from merging.receipts import ProblemFigures, Receipt, describe_statistics
@@ -94,6 +95,7 @@ def _lineage(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "recipe_digest": plan.recipe_digest,
         "method": plan.method,
+        "methods": list(plan_methods(plan)),
         "seed": plan.seed,
         "inputs": [
             {"uri": item.uri, "role": item.role, "digest": item.digest} for item in plan.inputs
@@ -283,16 +285,9 @@ def hub_name(uri: str) -> str | None:
     return None if match is None else match.group(1).replace("--", "/", 1)
 
 
-def _methods(plan: Plan) -> list[MergeMethod]:
-    """The methods of a merge, each once: of several documents in the order of their steps."""
-    documents = plan.recipe.get("documents", ())
-    names = dict.fromkeys([*(one["merge_method"] for one in documents), plan.method])
-    return [get_method(name) for name in names]
-
-
 def model_card(plan: Plan, report: dict[str, Any]) -> str:
     """The model card: front matter that hubs read, lineage, and the full recipe."""
-    methods = _methods(plan)
+    methods = [get_method(name) for name in plan_methods(plan)]
     num_experts = sum(item.role == "expert" for item in plan.inputs)
     is_adapter = plan.adapter_config is not None
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}

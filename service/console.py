@@ -164,6 +164,8 @@ def print_plan(summary: Mapping[str, Any]) -> None:
     _add_row(figures, "estimated time", time)
     for item in summary["inputs"]:
         _add_row(figures, item["role"], item["uri"])
+    for document in summary["documents"]:
+        _add_row(figures, "document", f"{document['name'] or 'published'} ({document['method']})")
     for variant in summary["variants"]:
         _add_row(figures, "variant", f"{variant['uri']} ({variant['method']})")
     console.print(figures)
@@ -231,5 +233,13 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
         progress = job["progress"]
         tensors = f"{progress['tensors_done']}/{progress['tensors_total']}"
         created = f"{job['created_at'][:19]}Z"
-        _add_row(table, job["id"], job["state"], job["method"], tensors, created, job["output_uri"])
+        _add_row(
+            table,
+            job["id"],
+            job["state"],
+            ", ".join(job["methods"]),
+            tensors,
+            created,
+            job["output_uri"],
+        )
     _console().print(table)

@@ -25,7 +25,8 @@ def log_text(event: EventRecord) -> str:
 
 
 def _created(data: _Data) -> str:
-    return f"submitted: {data.get('method')}, output {data.get('output_uri')}"
+    methods = ", ".join(data.get("methods") or [str(data.get("method"))])
+    return f"submitted: {methods}, output {data.get('output_uri')}"
 
 
 def _state_changed(data: _Data) -> str:

@@ -315,7 +315,7 @@ class Plan(msgspec.Struct, frozen=True):
         format: :data:`PLAN_FORMAT`.
         recipe: The normalised recipe.
         recipe_digest: ``sha256:…`` of it.
-        method: Name of the recipe's method.
+        method: Name of the recipe's method: of several documents, that of the published one.
         output_uri: Where the merged checkpoint goes.
         overwrite: A checkpoint already there may be replaced.
         seed: For random methods.

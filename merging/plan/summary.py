@@ -11,6 +11,15 @@ from merging.plan.plan import Plan
 from merging.plan.timing import PlanEstimate
 
 
+def plan_methods(plan: Plan) -> tuple[str, ...]:
+    """Names of all methods: of the documents in the order of their steps, or of the variants; each
+    once.
+    """
+    documents = plan.recipe.get("documents", ())
+    names = [*(one["merge_method"] for one in documents), *(v.method for v in plan.variants)]
+    return tuple(dict.fromkeys(names or [plan.method]))
+
+
 def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, Any]:
     """The plan in figures, as a JSON object.
 
@@ -23,6 +32,7 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
         "plan_digest": plan.digest,
         "recipe_digest": plan.recipe_digest,
         "method": plan.method,
+        "methods": list(plan_methods(plan)),
         "output_uri": plan.output_uri,
         "inputs": [{"uri": i.uri, "role": i.role, "digest": i.digest} for i in plan.inputs],
         "shards": len(plan.shards),
@@ -47,6 +57,10 @@ def plan_summary(plan: Plan, estimate: PlanEstimate | None = None) -> dict[str, 
                 "flops": shard.flops,
             }
             for shard in plan.shards
+        ],
+        "documents": [
+            {"name": one.get("name"), "method": one["merge_method"]}
+            for one in plan.recipe.get("documents", ())
         ],
         "variants": [
             {

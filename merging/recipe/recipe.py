@@ -162,6 +162,15 @@ class Recipe:
     architectures: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of all methods: of the documents in the order of their steps, or of the variants;
+        each once.
+        """
+        variants = self.sweep.variants if self.sweep else ()
+        recipes = [variant.recipe for variant in variants] or [*self.documents, self]
+        return tuple(dict.fromkeys(one.merge_method for one in recipes))
+
+    @property
     def sections(self) -> tuple[Section, ...]:
         """The parts of the output, in the order of their layers."""
         if self.modules:

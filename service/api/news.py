@@ -61,7 +61,7 @@ class NewsQuery(LabelQuery):
                 item.type not in hidden
                 and (not types or item.type in types)
                 and (not states or item.state in states)
-                and self.method in (None, item.method)
+                and (self.method is None or self.method in item.methods)
                 and self.initiator in (None, item.initiator)
                 and labels <= item.labels.items()
             )

@@ -14,6 +14,8 @@ from service.jobs.states import JobState, ShardState
 
 Item = TypeVar("Item")
 
+METHODS = "Of all documents in the order of their steps, or of all variants; each once."
+
 
 class Page(BaseModel, Generic[Item]):
     """A page of a list."""
@@ -90,7 +92,8 @@ class JobObject(BaseModel):
     phases: list[PhaseObject]
     recipe_digest: str
     plan_digest: str | None
-    method: str
+    method: str = Field(description="Of several documents, that of the published one.")
+    methods: list[str] = Field(description=METHODS)
     inputs: list[dict[str, Any]]
     output_uri: str
     output: dict[str, Any] | None
@@ -199,6 +202,7 @@ class NewsObject(BaseModel):
     data: dict[str, Any] = Field(description="Of the job's event.")
     labels: dict[str, str] = Field(description="Of the job as they are now.")
     method: str | None
+    methods: list[str] = Field(description="Of the job.")
     initiator: str | None
 
 
@@ -273,6 +277,7 @@ class RecipeValidation(BaseModel):
     errors: list[FaultObject]
     warnings: list[str]
     method: str | None
+    methods: list[str] = Field(description=METHODS)
     recipe: dict[str, Any] | None
     recipe_digest: str | None
 

@@ -22,6 +22,7 @@ def validate(body: RecipeDocument) -> RecipeValidation:
         errors=[FaultObject(**fault.to_dict()) for fault in faults],
         warnings=list(recipe.warnings) if recipe else [],
         method=recipe.merge_method if recipe else None,
+        methods=list(recipe.methods) if recipe else [],
         recipe=recipe.normalised() if recipe else None,
         recipe_digest=recipe.digest if recipe else None,
     )

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from merging.errors import Fault
 from merging.options import MergeOptions
 from merging.plan.plan import Plan
+from merging.plan.summary import plan_methods
 from service.api.deps import Services
 from service.api.planning import plan_merge, with_defaults
 from service.api.schemas import JobSubmission, PlanRequest
@@ -140,6 +141,7 @@ def _new_job(
         recipe=plan.recipe,
         recipe_digest=plan.recipe_digest,
         method=plan.method,
+        methods=plan_methods(plan),
         output_uri=plan.output_uri,
         options=request.options.model_dump(mode="json"),
         inputs=tuple(inputs),

@@ -39,6 +39,7 @@ class NewsItem(msgspec.Struct, frozen=True, kw_only=True):
         data: Of the event.
         labels: Of the job as they are now; empty if it is no job, or was forgotten.
         method: Likewise.
+        methods: Likewise.
         initiator: Likewise.
     """
 
@@ -53,6 +54,7 @@ class NewsItem(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
     labels: dict[str, str]
     method: str | None
+    methods: tuple[str, ...]
     initiator: str | None
 
 

@@ -86,7 +86,8 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         recipe_source: The recipe as it was sent: YAML or JSON text, or a mapping.
         recipe: Its normalised form, as ``recipe_digest`` covers it.
-        method: Name of the recipe's method.
+        method: Name of the recipe's method: of several documents, that of the published one.
+        methods: Of all documents in the order of their steps, or of all variants; each once.
         output_uri: Where the merged checkpoint goes.
         options: :class:`merging.options.MergeOptions` as a dictionary.
         inputs: ``{"uri", "role", "digest"}`` each; the plan's replace them once it is made.
@@ -108,6 +109,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     recipe: dict[str, Any]
     recipe_digest: str
     method: str
+    methods: tuple[str, ...]
     output_uri: str
     options: dict[str, Any] = {}
     inputs: tuple[dict[str, Any], ...] = ()
@@ -185,6 +187,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     recipe_digest: str
     plan_digest: str | None
     method: str
+    methods: tuple[str, ...]
     output_uri: str
     options: dict[str, Any]
     inputs: tuple[dict[str, Any], ...]
@@ -351,6 +354,7 @@ class IdempotencyRequest(msgspec.Struct, frozen=True):
 class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     """Which jobs to list; empty fields do not filter. Labels must all match.
 
+    ``method`` is one of a job's :attr:`JobRecord.methods`.
     ``text`` is words, each of which must be somewhere in what the job is found by
     (``service.jobs.search``).
     """

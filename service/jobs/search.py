@@ -6,6 +6,7 @@ known (databases only know ASCII); a search is one pass over that table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,13 +21,13 @@ SEARCHED = frozenset({"labels", "error", "inputs"})
 def text_of(
     *,
     id: str,
-    method: str,
+    methods: Iterable[str],
     output_uri: str,
     inputs: Any,
     labels: Any,
     error: Any,
 ) -> str:
-    """What a job is found by: id, method, addresses, ``label=value``, code and text of its error.
+    """What a job is found by: id, methods, addresses, ``label=value``, code and text of its error.
 
     One of them on each line; words that are searched for have no spaces, so that none is found
     across two.
@@ -34,7 +35,7 @@ def text_of(
     problem = error or {}
     lines = [
         id,
-        method,
+        *methods,
         output_uri,
         *(str(item.get("uri", "")) for item in inputs),
         *(f"{name}={value}" for name, value in labels.items()),
@@ -48,7 +49,7 @@ def keep_text(connection: sa.Connection, job: JobRecord) -> None:
     """Note what a job is found by from now on."""
     text = text_of(
         id=job.id,
-        method=job.method,
+        methods=job.methods,
         output_uri=job.output_uri,
         inputs=job.inputs,
         labels=job.labels,

@@ -21,6 +21,7 @@ _ITEM = (
     sa.func.coalesce(events.c.data, sa.text("'{}'"), type_=sa.JSON()).label("data"),
     sa.func.coalesce(jobs.c.labels, sa.text("'{}'"), type_=sa.JSON()).label("labels"),
     jobs.c.method,
+    sa.func.coalesce(jobs.c.methods, sa.text("'[]'"), type_=sa.JSON()).label("methods"),
     jobs.c.initiator,
 )
 

@@ -76,7 +76,12 @@ class QueueStatements(KeyStatements):
         row = connection.execute(sa.insert(jobs).returning(jobs), values).one()
         record = to_record(row, JobRecord)
         keep_text(connection, record)
-        data = {"state": str(record.state), "method": job.method, "output_uri": job.output_uri}
+        data = {
+            "state": str(record.state),
+            "method": job.method,
+            "methods": list(job.methods),
+            "output_uri": job.output_uri,
+        }
         self._append(connection, record, [(EventType.JOB_CREATED, data)])
         return record
 

@@ -188,7 +188,9 @@ def _conditions(job_filter: JobFilter) -> list[sa.ColumnElement[bool]]:
     if job_filter.states:
         found.append(jobs.c.state.in_([str(state) for state in job_filter.states]))
     if job_filter.method is not None:
-        found.append(jobs.c.method == job_filter.method)
+        # A list of plain words as JSON: each stands in it between quotes.
+        methods = sa.cast(jobs.c.methods, sa.Text)
+        found.append(methods.contains(f'"{job_filter.method}"', autoescape=True))
     if job_filter.initiator is not None:
         found.append(jobs.c.initiator == job_filter.initiator)
     if job_filter.created_after is not None:

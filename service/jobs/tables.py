@@ -83,6 +83,7 @@ jobs = sa.Table(
     sa.Column("recipe_digest", sa.String(80), nullable=False),
     sa.Column("plan_digest", sa.String(80)),
     sa.Column("method", sa.String(64), nullable=False),
+    sa.Column("methods", _json, nullable=False, server_default="[]"),
     sa.Column("output_uri", sa.Text, nullable=False),
     sa.Column("options", _json, nullable=False),
     sa.Column("inputs", _json, nullable=False),

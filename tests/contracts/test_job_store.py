@@ -406,7 +406,8 @@ def test_pages_are_stable_while_jobs_are_added(store: SqlJobStore, clock: FakeCl
 def test_jobs_are_found_by_state_label_method_time_and_initiator(
     store: SqlJobStore, clock: FakeClock
 ) -> None:
-    store.submit(new_job(method="ties", labels={"team": "blue", "a.b/c": "1"}))
+    both = {"method": "ties", "methods": ("linear_x", "ties")}
+    store.submit(new_job(**both, labels={"team": "blue", "a.b/c": "1"}))
     clock.advance(1)
     middle = clock()
     clock.advance(1)
@@ -424,6 +425,8 @@ def test_jobs_are_found_by_state_label_method_time_and_initiator(
     assert found(labels={"team": "blue", "a.b/c": "2"}) == []
     assert found(labels={"""x"y'z""": "blue"}) == []
     assert found(method="linear") == ["linear"]
+    assert found(method="linear_x") == found(method="ties") == ["ties"]
+    assert found(method="linear%x") == found(method="tie") == []
     assert found(created_after=middle) == ["linear"]
     assert found(initiator="tok_1") == ["linear"]
     assert store.counts()[JobState.QUEUED] == 1

@@ -60,7 +60,9 @@ def test_keys_of_jobs_outlast_their_becoming_keys_of_everything(tmp_path: Path) 
     store.close()
 
 
-def test_jobs_that_were_there_before_search_was_are_found(tmp_path: Path) -> None:
+def test_jobs_that_were_there_before_search_was_are_found_by_all_their_methods(
+    tmp_path: Path,
+) -> None:
     url = f"sqlite:///{tmp_path}/old.db"
     engine = open_engine(url)
     with engine.begin() as connection:
@@ -68,7 +70,8 @@ def test_jobs_that_were_there_before_search_was_are_found(tmp_path: Path) -> Non
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "0009")
-        job = new_job(output_uri="s3://out/Old", labels={"team": "vision"})
+        recipe = {"documents": [{"merge_method": "ties"}, {"merge_method": "linear"}]}
+        job = new_job(output_uri="s3://out/Old", labels={"team": "vision"}, recipe=recipe)
         now = datetime.now(UTC)
         values = {
             **{name: value for name, value in to_json(job).items() if name in jobs.c},
@@ -77,11 +80,12 @@ def test_jobs_that_were_there_before_search_was_are_found(tmp_path: Path) -> Non
             **{"id": "job_1", "state": "queued", "progress": to_json(Progress()), "phases": []},
             **{"fencing_token": 0, "takeovers": 0},
         }
+        del values["methods"]
         connection.execute(sa.insert(jobs).values(values))
     engine.dispose()
     store = open_store(url)
-    found = store.list_jobs(JobFilter(text="old TEAM=vision"))
-    assert [job.id for job in found] == ["job_1"]
+    found = store.list_jobs(JobFilter(text="old TEAM=vision ties", method="ties"))
+    assert [(job.id, job.methods) for job in found] == [("job_1", ("ties", "linear"))]
     store.close()
 
 

@@ -50,6 +50,7 @@ def fill(store: SqlJobStore) -> tuple[str, str]:
             recipe=recipe,
             recipe_digest="sha256:0",
             method="linear",
+            methods=("linear",),
             output_uri="/models/merged",
             labels={"kept": "yes"},
         )

@@ -53,6 +53,7 @@ def test_a_job_survives_the_death_of_two_runners(tmp_path: Path) -> None:
             recipe=document,
             recipe_digest=parse_recipe(document).digest,
             method="wudi",
+            methods=("wudi",),
             output_uri=str(tmp_path / "merged"),
             options={"max_shard_size": 300_000},
         )

@@ -49,6 +49,7 @@ def submit(store: SqlJobStore, family: Family, output: Path, method: str = "ties
         recipe=document,
         recipe_digest=parse_recipe(document).digest,
         method=method,
+        methods=(method,),
         output_uri=str(output),
         options=OPTIONS,
     )
@@ -159,6 +160,7 @@ def test_a_sweep_is_one_job_with_a_checkpoint_for_each_variant(
             recipe=parsed.normalised(),
             recipe_digest=parsed.digest,
             method=parsed.merge_method,
+            methods=parsed.methods,
             output_uri=str(output),
             options=OPTIONS,
         )

@@ -35,7 +35,8 @@ def new_job(**changes: Any) -> NewJob:
         "method": "linear",
         "output_uri": f"/outputs/{next(_outputs)}",
     }
-    return NewJob(**{**values, **changes})
+    values |= changes
+    return NewJob(**{"methods": (values["method"],), **values})
 
 
 def tiny_plan(

@@ -111,6 +111,7 @@ class Bench:
             "recipe": document,
             "recipe_digest": recipe.digest,
             "method": "linear",
+            "methods": ("linear",),
             "output_uri": f"mem://outputs/{self.outputs}",
             "options": {"max_shard_size": 1200},
         }

@@ -108,7 +108,9 @@ export interface Job {
   phases: Phase[];
   recipe_digest: string;
   plan_digest: string | null;
+  /** What made the published checkpoint; `methods` names those of all documents or variants. */
   method: string;
+  methods: string[];
   inputs: Input[];
   output_uri: string;
   output: Output | null;
@@ -197,6 +199,7 @@ export interface Plan {
   plan_digest: string;
   recipe_digest: string;
   method: string;
+  methods: string[];
   output_uri: string;
   shards: number;
   tensors: number;
@@ -213,6 +216,8 @@ export interface Plan {
   companions: string[];
   warnings: string[];
   inputs: Input[];
+  /** Of a recipe of several, in the order of their steps; else empty. */
+  documents: { name: string | null; method: string }[];
   /** Of a sweep, else empty. */
   variants: { name: string; method: string; uri: string }[];
 }

@@ -115,7 +115,7 @@ export function eventSentence(event: JobEvent): string {
   const data = event.data as Record<string, any>;
   switch (event.type) {
     case "job.created":
-      return `Submitted: ${data.method} into ${data.output_uri}`;
+      return `Submitted: ${(data.methods ?? [data.method]).join(", ")} into ${data.output_uri}`;
     case "job.state_changed":
       return `${data.from} → ${data.to}${data.cancel_requested ? ` (cancel asked for: ${data.cancel_requested})` : ""}`;
     case "job.phase_changed":

@@ -107,7 +107,7 @@ function Picker({ ids }: { ids: string[] }) {
           <option value="">add a job …</option>
           {others.map((job) => (
             <option key={job.id} value={job.id}>
-              {shortUri(job.output_uri)}, {job.method}, {job.state}
+              {shortUri(job.output_uri)}, {job.methods.join(", ")}, {job.state}
             </option>
           ))}
         </select>
@@ -140,7 +140,7 @@ function figureRows(items: Compared[]): FigureRow[] {
   const took = ({ job }: Compared) => seconds(job.started_at, job.finished_at, Date.now());
   const ofReport = (value: (report: Report) => Value) => each(({ report }) => report && value(report));
   return [
-    { name: "Method", values: each(({ job, report }) => report?.method ?? job.method) },
+    { name: "Method", values: each(({ job, report }) => (report?.variant ? report.method : job.methods.join(", "))) },
     { name: "Output digest", isDigest: true, values: ofReport((report) => report.output.digest) },
     { name: "Recipe digest", isDigest: true, values: each(({ job }) => job.recipe_digest) },
     { name: "Plan digest", isDigest: true, values: each(({ job }) => job.plan_digest) },

@@ -45,6 +45,10 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", name="pk_job_texts"),
     )
     rows = op.get_bind().execute(sa.select(*(_JOBS.c[name] for name in _FOUND_BY))).mappings()
-    found = [{"job_id": row["id"], "text": text_of(**row)} for row in rows]
+    found = [
+        {"job_id": row["id"], "text": text_of(**row, methods=(method,))}
+        for row in map(dict, rows)
+        if (method := row.pop("method"))
+    ]
     if found:
         op.bulk_insert(texts, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_documents_give_the_bytes_of_merges_one_after_the_other(
         for name, tensor in load_merged(tmp_path / "apart/last").items()
     )
     assert {item.uri for item in found.inputs} == {str(m) for m in (family.base, a, b, c)}
+    report = json.loads((tmp_path / "together/merge_report.json").read_text())
+    assert report["method"] == "task_arithmetic"
+    assert report["methods"] == ["linear", "ties", "task_arithmetic"]
     assert found.totals.bytes_intermediate > 2 * sum(shard.size for shard in found.outputs)
     left = sorted(path.name for path in (tmp_path / "together").iterdir())
     assert not any("document" in name or name == ".mergeyard" for name in left)

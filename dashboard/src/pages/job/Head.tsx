@@ -71,7 +71,7 @@ export function ProgressCard({ job, view, version, plan, now }: ProgressCardProp
           </div>
           <div>
             <dt>Method</dt>
-            <dd class="mono">{job.method}</dd>
+            <dd class="mono">{job.methods.join(", ")}</dd>
           </div>
         </dl>
       </div>

@@ -97,7 +97,7 @@ function Lineage({ job }: { job: JobDetail }) {
         <Icon name="arrow" size={20} />
       </span>
       <div class="node">
-        <span class="muted">merged by {job.method}</span>
+        <span class="muted">merged by {job.methods.join(", ")}</span>
         <div>
           <b class="break">{shortUri(job.output_uri)}</b>
         </div>

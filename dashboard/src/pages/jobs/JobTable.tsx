@@ -87,7 +87,7 @@ function JobRow({ job, now, isSelected, onToggle }: JobRowProps) {
           ))}
         </div>
       </td>
-      <td class="mono">{job.method}</td>
+      <td class="mono">{job.methods.join(", ")}</td>
       <td title={experts.map((input) => input.uri).join("\n")}>
         <div class="ellipsis experts">{experts.map((input) => shortUri(input.uri)).join(", ")}</div>
       </td>

@@ -33,6 +33,12 @@ export function PlanPreview({ check, hasOutput }: { check: Check; hasOutput: boo
                 />
               )}
             </dl>
+            {plan.documents.length > 0 && (
+              <p>
+                {plan.documents.length} merges, one after another:{" "}
+                {plan.documents.map(({ name, method }) => `${name ?? "the result"} (${method})`).join(", ")}
+              </p>
+            )}
             {plan.variants.length > 0 && (
               <p>
                 {plan.variants.length} variants, read once:{" "}
