@@ -58,6 +58,7 @@ def item(position: int) -> NewsItem:
         data={},
         labels={},
         method=None,
+        methods=(),
         initiator=None,
     )
 
