@@ -29,7 +29,8 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
         until: When work on it ended.
 
     Returns:
-        How many objects and unfinished writes were removed.
+        How many objects and unfinished writes were removed. Folders that hold nothing then are
+        removed too.
 
     Raises:
         StorageError: Storage failed; what is left can be collected later.
@@ -50,6 +51,8 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
     doomed += [mark for mark in marks if _holds(storage, mark, digest.encode())]
     for uri in doomed:
         storage.delete(uri)
+    for folder in (*plan.checkpoint_uris, output):
+        storage.remove_folder(folder)
     return removed + len(doomed)
 
 

@@ -32,6 +32,7 @@ from merging.verify import verify_output
 
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
+CONFIG_NAME = "config.json"
 
 
 def prepare_output(plan: Plan, storage: Storage) -> None:
@@ -106,6 +107,16 @@ def publish(plan: Plan, receipts: Sequence[Receipt], storage: Storage) -> dict[s
     return report
 
 
+def names_beside_weights(merge: Plan) -> list[str]:
+    """What :func:`publish` writes beside the weights of a checkpoint, but for its index."""
+    names = [companion.file_name for companion in merge.companions]
+    if merge.chat_template is not None:
+        names.append(TEMPLATE_NAME)
+    if merge.config:
+        names.append(CONFIG_NAME)
+    return [*names, REPORT_NAME, CARD_NAME]
+
+
 def _write_companions(merge: Plan, report: dict[str, Any], storage: Storage) -> None:
     """All that stands beside the weights of a checkpoint but its index."""
     output = merge.output_uri
@@ -118,7 +129,7 @@ def _write_companions(merge: Plan, report: dict[str, Any], storage: Storage) -> 
     if merge.chat_template is not None:
         storage.write_bytes(f"{output}/{TEMPLATE_NAME}", merge.chat_template.encode())
     if merge.config:
-        storage.write_bytes(f"{output}/config.json", _json(merge.config))
+        storage.write_bytes(f"{output}/{CONFIG_NAME}", _json(merge.config))
     storage.write_bytes(f"{output}/{REPORT_NAME}", _json(report))
     storage.write_bytes(f"{output}/{CARD_NAME}", model_card(merge, report).encode())
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from merging.errors import CheckpointError, StorageError
 from merging.plan.plan import Plan
-from merging.publish import marker, marker_name, read_report
-from merging.report import CARD_NAME, REPORT_NAME, SWEEP_REPORT_NAME
+from merging.publish import marker, marker_name, names_beside_weights, read_report
+from merging.report import REPORT_NAME, SWEEP_REPORT_NAME
 from merging.storage.base import Storage
 
 
@@ -26,7 +26,8 @@ def unpublish(plan: Plan, report: Mapping[str, Any], storage: Storage) -> int:
         storage: Where the output is.
 
     Returns:
-        How many files were removed; 0 if nothing was there any more.
+        How many files were removed; 0 if nothing was there any more. Folders that hold nothing
+        then are removed too.
 
     Raises:
         StorageError: ``output_changed`` if what is there is not what this merge published: nothing
@@ -40,22 +41,25 @@ def unpublish(plan: Plan, report: Mapping[str, Any], storage: Storage) -> int:
         first.append(sweep_report)
     then: list[str] = []
     last: list[str] = []
+    folders = {plan.output_uri}
     reports = report["variants"] if plan.variants else [report]
     for merge, own in zip(plan.merges(), reports, strict=True):
         output = merge.output_uri
-        names = [file["name"] for file in own["output"]["files"]]
-        if not any(
-            f"{output}/{name}" in found for name in (marker_name(merge), REPORT_NAME, *names)
-        ):
+        weights = [f"{output}/{file['name']}" for file in own["output"]["files"]]
+        rest = [f"{output}/{name}" for name in names_beside_weights(merge)]
+        index, own_report = f"{output}/{marker_name(merge)}", f"{output}/{REPORT_NAME}"
+        folders.update(uri.rpartition("/")[0] for uri in rest)
+        if not any(uri in found for uri in (index, own_report, *weights)):
             continue
         _check_checkpoint(merge, own, found, storage)
-        names += [companion.file_name for companion in merge.companions]
-        first.append(f"{output}/{marker_name(merge)}")
-        then += [f"{output}/{name}" for name in (*names, "config.json", CARD_NAME)]
-        last.append(f"{output}/{REPORT_NAME}")
+        first.append(index)
+        then += [*weights, *(uri for uri in rest if uri != own_report)]
+        last.append(own_report)
     doomed = [uri for uri in (*first, *then, *last) if uri in found]
     for uri in doomed:
         storage.delete(uri)
+    for folder in sorted(folders, key=len, reverse=True):  # what is in a folder before it
+        storage.remove_folder(folder)
     return len(doomed)
 
 

@@ -169,6 +169,10 @@ class MadeStorage(Storage):
         """As of any storage."""
         self._storage.delete(uri)
 
+    def remove_folder(self, uri: str) -> None:
+        """As of any storage."""
+        self._storage.remove_folder(uri)
+
     def discard_unfinished(
         self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:

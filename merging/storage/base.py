@@ -103,6 +103,9 @@ class Storage(Protocol):
     def delete(self, uri: str) -> None:
         """Remove an object; nothing happens if it is not there."""
 
+    def remove_folder(self, uri: str) -> None:
+        """Remove a folder that holds nothing, where there are folders; never a storage root."""
+
     def discard_unfinished(
         self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:

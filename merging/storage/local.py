@@ -135,6 +135,11 @@ class LocalStorage:
                     break
                 folder.rmdir()
 
+    def remove_folder(self, uri: str) -> None:
+        """See :meth:`Storage.remove_folder`."""
+        with contextlib.suppress(OSError):  # not empty, not there, or no folder
+            Path(self.normalise(uri)).rmdir()
+
     def discard_unfinished(
         self,
         folder: str,

@@ -55,6 +55,10 @@ class Roots:
         target = self._resolve(uri)
         return any(target == root or target.startswith(_folder(root)) for root in self._roots)
 
+    def has(self, uri: str) -> bool:
+        """Whether an address is itself one of the roots."""
+        return self._resolve(uri) in self._roots
+
 
 def _folder(root: str) -> str:
     # The slash keeps s3://bucket/models from allowing s3://bucket/models-of-others.

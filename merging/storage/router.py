@@ -113,6 +113,12 @@ class Router:
         backend, uri = self._route(uri)
         backend.delete(uri)
 
+    def remove_folder(self, uri: str) -> None:
+        """See :meth:`Storage.remove_folder`."""
+        backend, folder = self._route(uri)
+        if not self._roots.has(uri):
+            backend.remove_folder(folder)
+
     def discard_unfinished(
         self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:

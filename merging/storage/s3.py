@@ -175,6 +175,9 @@ class S3Storage:
             if error.code != "not_found":
                 raise
 
+    def remove_folder(self, uri: str) -> None:
+        """See :meth:`Storage.remove_folder`: a folder is no more than the names of its objects."""
+
     def discard_unfinished(
         self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:

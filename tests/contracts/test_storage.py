@@ -324,6 +324,18 @@ def test_delete_can_be_repeated(storage: Storage, folder: str) -> None:
     assert _code(lambda: storage.stat(f"{folder}/a")) == "not_found"
 
 
+def test_a_folder_goes_only_when_it_holds_nothing(storage: Storage, folder: str) -> None:
+    storage.write_bytes(f"{folder}/in/a", b"x")
+    for held in (f"{folder}/in", folder, f"{folder}/in/a", f"{folder}/never"):
+        storage.remove_folder(held)
+    assert storage.read_bytes(f"{folder}/in/a", limit=1) == b"x"
+
+    storage.delete(f"{folder}/in/a")
+    for empty in (f"{folder}/in", folder):
+        storage.remove_folder(empty)
+        assert not Path(empty).exists()
+
+
 @pytest.mark.parametrize("size", [0, 10, 12 * MIB + 1])
 def test_a_copy_is_identical(storage: Storage, folder: str, size: int) -> None:
     data = secrets.token_bytes(size)

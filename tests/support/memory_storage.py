@@ -108,6 +108,9 @@ class MemoryStorage:
             self.requests["delete"] += 1
             self._objects.pop(self.normalise(uri), None)
 
+    def remove_folder(self, uri: str) -> None:
+        """See :meth:`merging.storage.base.Storage.remove_folder`: there are none."""
+
     def discard_unfinished(
         self, folder: str, names: Container[str], *, since: datetime, until: datetime
     ) -> int:

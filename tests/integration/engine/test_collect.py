@@ -119,6 +119,7 @@ def test_all_variants_of_an_unfinished_sweep_go(tmp_path: Path) -> None:
     storage.write_bytes(f"{output}/c/{INDEX_NAME}", b"{}")  # as if it were complete
     place.collect()
     assert place.unfinished() == 0
+    assert [path.name for path in output.iterdir()] == ["c"]
     assert place.names() == {
         f"c/{INDEX_NAME}", *(f"c/{shard.file_name}" for shard in plan.shards[:2])
     }  # fmt: skip

@@ -155,3 +155,53 @@ def test_all_checkpoints_of_a_sweep_go_together(tmp_path: Path) -> None:
     unpublish(plan, report, storage)
     assert storage.deleted[:3] == [SWEEP_REPORT_NAME, INDEX_NAME, INDEX_NAME]
     assert names(storage, output) == {f"c/{INDEX_NAME}"}
+    assert [path.name for path in Path(output).iterdir()] == ["c"]
+
+
+def plan_sweep(folder: Path, storage: Storage) -> Plan:
+    """Of two variants, each with a chat template and a folder of further ones."""
+    family = make_family(folder / "models", num_experts=2)
+    templates = family.base / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    document = {
+        **recipe(family, "task_arithmetic"),
+        "sweep": [{"name": name, "parameters": {"lambda": n}} for n, name in enumerate("ab", 1)],
+    }
+    return make_plan(parse_recipe(document), storage, MergeOptions(), str(folder / "root/out"))
+
+
+def test_folders_that_are_empty_then_go_too(tmp_path: Path) -> None:
+    storage = open_storage([str(tmp_path / "models"), str(tmp_path / "root")])
+    plan = plan_sweep(tmp_path, storage)
+    report = run_plan(plan, storage)
+    templates = Path(plan.output_uri) / "b/additional_chat_templates"
+    (templates / "mine.jinja").write_text("{{ mine }}")
+    unpublish(plan, report, storage)
+    left = {path.relative_to(tmp_path / "root") for path in (tmp_path / "root").rglob("*")}
+    mine = templates.relative_to(tmp_path / "root") / "mine.jinja"
+    assert left == {mine, *mine.parents} - {Path()}
+    (templates / "mine.jinja").unlink()
+    assert unpublish(plan, report, storage) == 0
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_storage_root_stays_although_it_is_empty(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    storage = open_storage([str(tmp_path / "models"), str(root / "out")])
+    plan = plan_sweep(tmp_path, storage)
+    unpublish(plan, run_plan(plan, storage), storage)
+    assert list(root.rglob("*")) == [root / "out"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "{{ messages[0] }}"])
+def test_a_chat_template_that_the_merge_wrote_goes_too(tmp_path: Path, template: str) -> None:
+    storage = open_storage()
+    family = make_family(tmp_path / "models", num_experts=2)
+    document = recipe(family, "linear") | {"chat_template": template}
+    output = str(tmp_path / "out")
+    plan = make_plan(parse_recipe(document), storage, MergeOptions(), output)
+    report = run_plan(plan, storage)
+    assert "chat_template.jinja" in names(storage, output)
+    unpublish(plan, report, storage)
+    assert not Path(output).exists()

@@ -160,6 +160,7 @@ def test_every_operation_is_checked(storage: Storage, root: Path) -> None:
         lambda: storage.copy(inside, outside, version=version),
         lambda: storage.copy(outside, inside, version="v"),
         lambda: storage.delete(outside),
+        lambda: storage.remove_folder(outside),
     ]
 
     assert [_code(call) for call in calls] == ["uri_not_allowed"] * len(calls)
