@@ -398,6 +398,11 @@ class MergeMethod(Step):
         passes = self.staged or self.divided
         return (passes.steps() if passes else {**self.calibrated, **self.task_masks})[name]
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether what it measures of samples serves other merges too."""
+        return bool(self.calibrated) and not self.sequential
+
     def uses_base(self, *, is_named: bool) -> bool:
         """Whether a recipe's base model, if it names one, is a base and not one more expert."""
         return self.needs_base or (self.optional_base and is_named)

@@ -137,11 +137,11 @@ def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
     start = len(uri.rstrip("/")) + 1
     listing = {stat.uri[start:]: stat for stat in storage.list(uri)}
     if not listing:
-        is_file = _is_file(storage, uri)
-        if is_file and is_pickle(uri):
+        found_file = is_file(storage, uri)
+        if found_file and is_pickle(uri):
             folder, _, name = uri.rpartition("/")
             raise pickle_error(folder, [name])
-        found = f"{uri} is a file" if is_file else f"There is nothing at {uri}"
+        found = f"{uri} is a file" if found_file else f"There is nothing at {uri}"
         revision = (
             " A revision, NAME@REVISION, has to lie in a folder of that whole name: hf download"
             " NAME --revision REVISION --local-dir NAME@REVISION."
@@ -156,7 +156,8 @@ def list_folder(storage: Storage, uri: str) -> dict[str, ObjectStat]:
     return listing
 
 
-def _is_file(storage: Storage, uri: str) -> bool:
+def is_file(storage: Storage, uri: str) -> bool:
+    """Whether an address is that of a file."""
     try:
         storage.stat(uri)
     except StorageError:

@@ -37,7 +37,8 @@ def plan_documents(
     for number, document in enumerate((*recipe.documents, last), 1):
         try:
             _refuse_masks(document)
-            plan = made.resolve(plan_one(document, made, options, output_uri))
+            own = _options_of(document, recipe, options)
+            plan = made.resolve(plan_one(document, made, own, output_uri))
             is_last = document is last
             joined.add(plan, document, "" if is_last else f"document-{number:02d}-")
         except MergeError as error:
@@ -45,6 +46,14 @@ def plan_documents(
         if document.name is not None and not is_last:
             made.add(document.name, plan)
     return without_idle_shards(joined.plan(recipe), storage)
+
+
+def _options_of(document: Recipe, recipe: Recipe, options: MergeOptions) -> MergeOptions:
+    """The options of one document: statistics are kept of those that have some."""
+    keeps = [name for name in recipe.methods if get_method(name).keeps_statistics]
+    if not keeps or document.merge_method in keeps:
+        return options
+    return options.model_copy(update={"statistics_uri": None})
 
 
 def _refuse_masks(document: Recipe) -> None:
@@ -59,8 +68,13 @@ def _refuse_masks(document: Recipe) -> None:
 
 
 def _within(pointer: str, error: MergeError) -> MergeError:
-    """The error with its places as of the whole recipe."""
-    faults = [dataclasses.replace(f, pointer=pointer + f.pointer) for f in error.faults]
+    """The error with its places as of the whole recipe; options stand beside it."""
+    faults = [
+        fault
+        if fault.pointer.startswith("/options/")
+        else dataclasses.replace(fault, pointer=pointer + fault.pointer)
+        for fault in error.faults
+    ]
     return type(error)(
         error.detail,
         code=error.code,

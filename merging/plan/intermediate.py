@@ -29,6 +29,7 @@ class Intermediates:
     Attributes:
         shards: What is to be done before the rest of the output's shards, in order.
         budgets: What a worker may use.
+        output_uri: Folder of the output.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Intermediates:
         self._settings = settings
         self._files = files
         self._max_shard_size = max_shard_size
-        self._output_uri = output_uri
+        self.output_uri = output_uri
 
     @property
     def problems(self) -> list[Problem]:
@@ -132,7 +133,7 @@ class Intermediates:
 
     def _add(self, shard: Shard) -> dict[str, Source]:
         sources = tensor_sources(shard, len(self._files))
-        self._files.append(made_file(self._output_uri, shard))
+        self._files.append(made_file(self.output_uri, shard))
         self.shards.append(shard)
         return sources
 

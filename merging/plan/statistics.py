@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from merging.errors import RecipeError
+from merging.checkpoint.index import is_file
+from merging.errors import MergeError, RecipeError, at_place
 from merging.method import MergeMethod
 from merging.options import MergeOptions
 from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.fisher import add_fisher
 from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
-from merging.plan.plan import Problem, Source
+from merging.plan.plan import WORKSPACE, Problem, Source
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import hidden_width, unfit
 from merging.recipe import Recipe
@@ -57,10 +58,11 @@ def add_statistics(
         warnings: What the user should know is added.
 
     Raises:
-        RecipeError: ``incompatible_options``: a model that cannot be run block by block;
-            ``bad_parameter``: bad samples.
+        RecipeError: ``incompatible_options``: a model that cannot be run block by block, or
+            statistics that cannot be kept; ``bad_parameter``: bad samples.
         StorageError: Samples cannot be read, or statistics may not be kept there.
     """
+    folder = _kept_folder(inputs, stages.output_uri, options.statistics_uri, storage)
     if not inputs.method.calibrated:
         return list(problems)
     faults = [f for expert in inputs.experts for f in unfit(expert)]
@@ -68,15 +70,14 @@ def add_statistics(
         raise RecipeError(faults[0].detail, code=faults[0].code, faults=faults)
     width = hidden_width(inputs.experts[0].index) or 0
     wanted = _wanted(problems, inputs.method, stages, width)
-    is_kept = options.statistics_uri is not None and not inputs.method.sequential
     measuring = Measuring(
-        measured=_measured(problems, wanted, recipe, is_kept=is_kept),
+        measured=_measured(problems, wanted, recipe, is_kept=bool(folder)),
         stages=stages,
         builder=builder,
         recipe=recipe,
         storage=storage,
         threads=options.threads,
-        folder=storage.normalise(options.statistics_uri or "") if is_kept else "",
+        folder=folder,
     )
     if FISHER in inputs.method.calibrated:
         return add_fisher(problems, inputs.experts, measuring, options.seed, warnings)
@@ -91,6 +92,38 @@ def add_statistics(
             found[chain.key] = _run(chain)
     statistics = [found[chain.key] for chain in chains]
     return [_with_statistics(problem, wanted, statistics, stages) for problem in problems]
+
+
+def _kept_folder(inputs: Inputs, output_uri: str, uri: str | None, storage: Storage) -> str:
+    """Normalised address of the folder for statistics; "" if they go with the merge."""
+    if uri is None:
+        return ""
+    method = inputs.method
+    try:
+        if not method.keeps_statistics:
+            why = "measures what merged blocks make of samples, which serves no other merge"
+            raise _refusal(
+                f"{method.name} {why if method.calibrated else 'looks at no samples'}: there are no"
+                " statistics to keep. Leave statistics_uri out."
+            )
+        folder = storage.normalise(uri)
+        storage.list(f"{folder}/{WORKSPACE}")  # holds nothing; fails where nothing can be read
+        if is_file(storage, folder):
+            raise _refusal(f"{folder} is a file; statistics are kept in a folder of their own.")
+        adapters = (expert.adapter.uri for expert in inputs.experts if expert.adapter)
+        for other in (output_uri, *(index.uri for index in inputs.all_indexes), *adapters):
+            if f"{folder}/".startswith(f"{other}/"):
+                raise _refusal(
+                    f"Statistics cannot be kept in {folder}: that is part of {other}, which this"
+                    " merge reads or writes. Give them a folder of their own."
+                )
+    except MergeError as error:
+        raise at_place(error, "/options/statistics_uri") from error
+    return folder
+
+
+def _refusal(detail: str) -> RecipeError:
+    return RecipeError(detail, code="incompatible_options")
 
 
 def _merge_in_turn(

@@ -17,7 +17,7 @@ from service.api.idempotency import (
     replays,
 )
 from service.api.objects import PlanObject
-from service.api.planning import plan_merge, with_defaults
+from service.api.planning import plan_merge
 from service.api.schemas import PlanRequest, is_plan_id
 from service.auth import Scope
 from service.jobs.errors import RepeatedRequestError
@@ -52,8 +52,7 @@ async def create_plan(
             first = await run_in_threadpool(services.store.find_created, request)
             if first is not None:
                 raise RepeatedRequestError(first)
-        body = with_defaults(services, body)
-        plan = await plan_merge(services, body)
+        body, plan = await plan_merge(services, body)
         kept = await run_in_threadpool(_keep, services, body, plan, request)
     except RepeatedRequestError as repeated:
         kept = await run_in_threadpool(services.store.find_plan, repeated.object_id)

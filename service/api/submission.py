@@ -12,7 +12,7 @@ from merging.options import MergeOptions
 from merging.plan.plan import Plan
 from merging.plan.summary import plan_methods
 from service.api.deps import Services
-from service.api.planning import plan_merge, with_defaults
+from service.api.planning import plan_merge
 from service.api.schemas import JobSubmission, PlanRequest
 from service.auth import Principal
 from service.integrations.catalogue import check_integrations
@@ -49,9 +49,7 @@ async def submit(
     await run_in_threadpool(refuse_overload, services, principal)
     stored = await _stored_plan(services, body)
     request = _plan_request(body, stored)
-    if stored is None:
-        request = with_defaults(services, request)
-    plan = await plan_merge(services, request)
+    request, plan = await plan_merge(services, request, is_stored=stored is not None)
     if stored is not None:
         check_pinned(plan, stored.summary["plan_digest"], stored.summary["inputs"])
     job = _new_job(body, request, plan, principal, resubmitted_from, integrations)

@@ -137,7 +137,6 @@ def test_a_merge_takes_every_option_and_replaces_only_on_demand(
         *("merge", write_recipe(tmp_path, family, "dare_ties", density=0.5), "--output", output),
         *("--device", "cpu", "--max-shard-size", "50kB", "--memory-budget", "64MiB"),
         *("--device-memory-budget", "1GiB", "--seed", 7, "--threads", 1, "--check-finite"),
-        *("--statistics-uri", tmp_path / "kept"),
     )
     said = mergeyard(*command)
     files = weight_bytes(output)
@@ -148,6 +147,8 @@ def test_a_merge_takes_every_option_and_replaces_only_on_demand(
     assert "already holds a checkpoint" in mergeyard(*command).error
     assert digest(mergeyard(*command, "--overwrite")) == digest(said)
     assert weight_bytes(output) == files
+    kept = ("--statistics-uri", tmp_path / "kept")
+    assert "looks at no samples" in mergeyard(*command, "--overwrite", *kept).error
     other_seed = (*command, "--overwrite", "--seed", 8)
     assert digest(mergeyard(*other_seed)) != digest(said)
 

@@ -43,6 +43,14 @@ def change(api: LiveApi, uri: str) -> None:
     put_checkpoint(api.storage, uri, llama_tensors(hidden=64, layers=1))
 
 
+def test_an_option_that_the_merge_has_no_use_for_is_told_by_its_place(api: LiveApi) -> None:
+    options = {"statistics_uri": "mem://kept"}
+    body = {"recipe": RECIPE, "output_uri": f"mem://plans/{next(_names)}", "options": options}
+    for path in ("/v1/plans", "/v1/jobs"):
+        problem = check_problem(api.admin.post(path, json=body), "incompatible_options")
+        assert [error["pointer"] for error in problem["errors"]] == ["/options/statistics_uri"]
+
+
 def test_a_plan_can_be_read_again(api: LiveApi) -> None:
     made = plan(api, options={"max_shard_size": "30kB"})
     assert made["id"].startswith("plan_")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merging.errors import StorageError
+from merging.errors import MergeError, StorageError
 from merging.execute.skeleton import Skeleton
 from merging.execute.statistics import run_statistics
 from merging.local_run import run_plan
@@ -254,10 +254,73 @@ def test_what_is_kept_lies_in_its_folder_alone(place: Place) -> None:
     assert names == {file.name for file in files} | {f"{file.name}.json" for file in files}
 
 
+def refusal(document: dict[str, Any], output: Path, kept: Path, *roots: Path) -> MergeError:
+    """What is wrong with a folder for statistics."""
+    storage, options = open_storage(list(map(str, roots))), MergeOptions(statistics_uri=str(kept))
+    with pytest.raises(MergeError) as raised:
+        make_plan(parse_recipe(document), storage, options, str(output))
+    assert [fault.pointer for fault in raised.value.faults] == ["/options/statistics_uri"]
+    return raised.value
+
+
 def test_a_folder_outside_of_the_roots_is_refused(tmp_path: Path, models: list[Path]) -> None:
-    storage = open_storage((str(models[0].parent), str(tmp_path / "out")))
-    options = MergeOptions(statistics_uri=str(tmp_path / "kept"))
-    document = parse_recipe(calibrated_recipe(models))
-    with pytest.raises(StorageError, match="outside the storage") as raised:
-        make_plan(document, storage, options, str(tmp_path / "out/merged"))
-    assert raised.value.code == "uri_not_allowed"
+    roots = (models[0].parent, tmp_path / "out")
+    document = calibrated_recipe(models)
+    error = refusal(document, tmp_path / "out/merged", tmp_path / "kept", *roots)
+    assert error.code == "uri_not_allowed"
+
+
+def test_a_place_that_is_no_folder_of_its_own_is_refused(
+    tmp_path: Path, models: list[Path]
+) -> None:
+    output, document = tmp_path / "out", calibrated_recipe(models)
+    (tmp_path / "file").write_text("")
+    for kept, reason in (
+        (tmp_path / "file", "is a file"),
+        (output, "reads or writes"),
+        (output / "kept", "reads or writes"),
+        (models[0], "reads or writes"),
+        (models[1] / "kept", "reads or writes"),
+    ):
+        assert reason in refusal(document, output, kept).detail
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, models: list[Path]) -> None:
+    kept = tmp_path / "kept"
+    kept.symlink_to(kept)
+    error = refusal(calibrated_recipe(models), tmp_path / "out", kept)
+    assert error.code == "denied"
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("task_arithmetic", "looks at no samples"), ("regmean_plus_plus", "merged blocks")],
+)
+def test_methods_without_statistics_to_keep_are_refused(
+    method: str, reason: str, tmp_path: Path, models: list[Path]
+) -> None:
+    document = calibrated_recipe(models, method)
+    if method == "task_arithmetic":
+        del document["calibration"]
+    error = refusal(document, tmp_path / "out", tmp_path / "kept")
+    assert reason in error.detail
+    last = {**document, "models": [{"model": "x"}, *document["models"]]}
+    both = {"documents": [{**document, "name": "x"}, last]}
+    assert reason in refusal(both, tmp_path / "out", tmp_path / "kept").detail
+
+
+def test_of_several_documents_those_with_statistics_keep_them(
+    tmp_path: Path, models: list[Path]
+) -> None:
+    kept = tmp_path / "kept"
+    base, *experts = map(str, models)
+    added = {"merge_method": "task_arithmetic", "base_model": base, "name": "sum"}
+    added["models"] = [{"model": expert} for expert in experts]
+    last = calibrated_recipe(models)
+    last["models"][0] = {"model": "sum"}
+    options = MergeOptions(statistics_uri=str(kept))
+    recipe = parse_recipe({"documents": [added, last]})
+    plan = make_plan(recipe, open_storage(), options, str(tmp_path / "out"))
+    assert {shard.folder for shard in plan.shards} == {"", str(kept)}
+    error = refusal({"documents": [added, last]}, tmp_path / "out", tmp_path / "out/kept")
+    assert "reads or writes" in error.detail
