@@ -31,9 +31,11 @@ from service.api import (
     webhook_endpoints,
     workers,
 )
+from service.api.answers import ShownJobs
 from service.api.deps import SECURITY_SCHEMES, ReadinessCheck, Services
 from service.api.errors import install_error_handlers
 from service.api.objects import Problem
+from service.api.shortcuts import Shortcuts
 from service.auth import Authenticator
 from service.dashboard.files import Dashboard
 from service.feed import POLL_SECONDS, EventFeed
@@ -126,6 +128,7 @@ def create_app(
         integrations=make_integrations(settings),
         checks=(ReadinessCheck("database", store.ping), *checks),
         stopping=stopping or threading.Event(),
+        shown_jobs=ShownJobs(store, settings.href),
         streams=StreamSlots(settings.max_streams_per_token),
         failed_logins=FailedLogins(settings.failed_logins_per_minute),
     )
@@ -183,6 +186,7 @@ def _middleware(services: Services, version: str, tracing: Tracing | None) -> li
             trusted_proxies=services.settings.trusted_proxies,
         ),
         Middleware(BodyRules, limit_bytes=services.settings.body_limit_bytes),
+        Middleware(Shortcuts, services=services),
     ]
 
 

@@ -25,7 +25,7 @@ from service.auth import Authenticator, Principal
 from service.browser import refuse_other_sites, session_cookie
 from service.client_address import client_address
 from service.limits import FailedLogins, RateLimit
-from service.paths import route_path
+from service.paths import route_path, route_template
 from service.problems import RequestError, problem, problem_from_error, problem_response
 from service.yaml_bodies import YAML_TYPE, yaml_to_json
 
@@ -113,8 +113,7 @@ class RequestContext:
         return problem("internal", detail, instance=scope["path"], request_id=request_id)
 
     def _note(self, scope: Scope, status: int, seconds: float, sent_bytes: int) -> None:
-        route = getattr(scope.get("route"), "path", scope["state"].get("route", "unknown"))
-        self._on_request(scope["method"], route, status, seconds)
+        self._on_request(scope["method"], route_template(scope) or "unknown", status, seconds)
         principal = scope["state"].get("principal")
         is_probe = scope["path"] in PROBES and status < 400
         write = self._log.debug if is_probe else self._log.info

@@ -323,6 +323,10 @@ class Settings(BaseSettings):
             )
         return self
 
+    def href(self, path: str) -> str:
+        """An address of this service as clients see it."""
+        return f"{self.root_path}{path}"
+
     @property
     def effective_database_url(self) -> str:
         """The address of the job database, password included."""

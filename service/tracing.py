@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from merging.errors import MergeError
+from service.paths import route_template
 from service.settings import ENV_PREFIX
 from workers import tracing
 from workers.tracing import Tracing
@@ -62,7 +63,7 @@ class TracedRequests:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            route = getattr(scope.get("route"), "path", None)
+            route = route_template(scope)
             if route is not None:
                 span.update_name(f"{method} {route}")
                 span.set_attribute("http.route", route)

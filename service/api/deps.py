@@ -15,6 +15,7 @@ import anyio
 from fastapi import Depends, Path, Request
 
 from merging.storage.base import Storage
+from service.api.answers import ShownJobs
 from service.auth import Principal, Scope
 from service.feed import EventFeed
 from service.forecast import Forecast
@@ -65,6 +66,7 @@ class Services:
         stopping: Set when the server is asked to end.
         streams: Bounds streams of each token.
         failed_logins: Bounds tries to log in that fail, of each address.
+        shown_jobs: Jobs as lists show them.
         planning: Bounds plans that are made at once.
     """
 
@@ -83,13 +85,14 @@ class Services:
     stopping: threading.Event
     streams: StreamSlots
     failed_logins: FailedLogins
+    shown_jobs: ShownJobs
     planning: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_CONCURRENT_PLANS)
     )
 
     def href(self, path: str) -> str:
         """An address of this service as clients see it."""
-        return f"{self.settings.root_path}{path}"
+        return self.settings.href(path)
 
 
 async def _services(request: Request) -> Services:

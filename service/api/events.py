@@ -22,6 +22,9 @@ from service.problems import RequestError
 
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
 
+PAGE_EVENTS = 100
+"""Of a page of JSON, unless asked for otherwise."""
+
 
 @router.get(
     "/{job_id}/events",
@@ -39,14 +42,14 @@ async def list_events(
     services: ServicesDep,
     principal: PrincipalDep,
     position: Position,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Of a page of JSON.")] = 100,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Of a page of JSON.")] = PAGE_EVENTS,
 ) -> Response:
     """Events of a job in order: a stream with ``Accept: text/event-stream``, else a page.
 
     The stream ends after ``job.finished``. Whoever resumes there gets 204.
     """
     if "text/event-stream" not in request.headers.get("accept", ""):
-        return await run_in_threadpool(_page, services, job_id, position or 0, limit)
+        return await run_in_threadpool(events_page, services, job_id, position or 0, limit)
     last, is_terminal = await run_in_threadpool(_checked_end, services, job_id, position or 0)
     if is_terminal and position == last:
         return Response(status_code=204)
@@ -64,7 +67,10 @@ def _checked_end(services: Services, job_id: str, position: int) -> tuple[int, b
     return last, is_terminal
 
 
-def _page(services: Services, job_id: str, after: int, limit: int) -> Response:
+def events_page(
+    services: Services, job_id: str, after: int = 0, limit: int = PAGE_EVENTS
+) -> Response:
+    """Events of a job after one of them, as JSON."""
     found = services.store.events(job_id, after=after, limit=limit + 1)
     if not found:
         _checked_end(services, job_id, after)

@@ -39,7 +39,7 @@ def cancel_job(job_id: JobId, services: ServicesDep, body: CancelRequest | None 
     if before.state == JobState.QUEUED and job.state == JobState.CANCELLED:  # no runner counts it
         services.metrics.jobs_finished.labels(job.method, job.state.value).inc()
     is_repeat = job.cancel_requested == before.cancel_requested
-    return job_answer(services, job, 200 if is_repeat else 202)
+    return job_answer(job, services.href, 200 if is_repeat else 202)
 
 
 @router.post(
@@ -52,7 +52,7 @@ def cancel_job(job_id: JobId, services: ServicesDep, body: CancelRequest | None 
 def retry_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Response:
     """Queue a failed job again as its next attempt; finished shards are reused."""
     refuse_overload(services, principal)
-    return job_answer(services, services.store.retry(job_id), 202)
+    return job_answer(services.store.retry(job_id), services.href, 202)
 
 
 @router.patch(
@@ -71,7 +71,7 @@ def update_job(
         priority=body.priority,
         if_revision=_revision(if_match),
     )
-    return job_answer(services, job)
+    return job_answer(job, services.href)
 
 
 @router.delete(

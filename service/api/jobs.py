@@ -25,7 +25,6 @@ from service.api.objects import JobCounts, JobDetail, JobObject, Page
 from service.api.pagination import decode_cursor, encode_cursor
 from service.api.schemas import IntegrationRequest, JobSubmission, Resubmission
 from service.api.submission import submit
-from service.api.views import job_object
 from service.auth import Scope
 from service.jobs.records import JobCursor, JobFilter, JobRecord
 from service.jobs.states import JobState
@@ -131,7 +130,7 @@ async def resubmit_job(
 
 def _show_submitted(services: Services, job: JobRecord, *, is_new: bool) -> Response:
     headers = {"Location": services.href(f"/v1/jobs/{job.id}")}
-    response = job_answer(services, job, 201, headers)
+    response = job_answer(job, services.href, 201, headers)
     if not is_new:
         mark_replayed(response)
     return response
@@ -154,9 +153,9 @@ def list_jobs(query: Annotated[JobQuery, Query()], services: ServicesDep) -> Res
                 code="bad_cursor",
             )
         job_filter = first_filter
-    found = services.store.list_jobs(job_filter, cursor=cursor, limit=query.limit + 1)
+    found = services.store.list_heads(job_filter, cursor=cursor, limit=query.limit + 1)
     page = found[: query.limit]
-    data = [job_object(job, services.href(f"/jobs/{job.id}")) for job in page]
+    data = services.shown_jobs.show(page)
     if len(found) <= query.limit:
         return page_answer(data)
     last = JobCursor(page[-1].created_at, page[-1].id)
@@ -180,4 +179,4 @@ def count_jobs(services: ServicesDep) -> Response:
 )
 def read_job(job_id: JobId, services: ServicesDep) -> Response:
     """One job."""
-    return job_answer(services, services.store.get(job_id))
+    return job_answer(services.store.get(job_id), services.href)

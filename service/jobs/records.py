@@ -367,6 +367,14 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
     initiator: str | None = None
 
 
+class JobHead(msgspec.Struct, frozen=True):
+    """Where a job stands in lists, and at which revision it is."""
+
+    id: str
+    revision: int
+    created_at: datetime
+
+
 class Backlog(msgspec.Struct, frozen=True):
     """Work that is not done: jobs in the queue, and unfinished jobs of one token."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from service.jobs.records import (
     EventRecord,
     JobCursor,
     JobFilter,
+    JobHead,
     JobRecord,
     ShardRecord,
     WorkerRecord,
@@ -34,6 +35,12 @@ _THIS_JOB = sa.bindparam("of_job", type_=sa.String)
 
 # Made once: building a statement takes as long as carrying it out.
 _JOB = sa.select(jobs).where(jobs.c.id == _THIS_JOB)
+_JOBS = sa.select(jobs).where(jobs.c.id.in_(sa.bindparam("of_jobs", expanding=True)))
+_HEADS = (
+    sa.select(jobs.c.id, jobs.c.revision, jobs.c.created_at)
+    .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+    .limit(sa.bindparam("limit", type_=sa.Integer))
+)
 _LAST_EVENT = sa.select(jobs.c.event_seq, jobs.c.state).where(jobs.c.id == _THIS_JOB)
 _SHARDS = sa.select(shards).where(shards.c.job_id == _THIS_JOB).order_by(shards.c.index)
 _EVENTS = (
@@ -55,21 +62,33 @@ class ReadStatements(SqlBase):
             raise _not_found(job_id)
         return to_record(row, JobRecord)
 
-    def list_jobs(
+    @property
+    def is_at_hand(self) -> bool:
+        """See :attr:`service.jobs.store.JobQueue.is_at_hand`."""
+        return self._engine.dialect.name == "sqlite"
+
+    def list_heads(
         self,
         job_filter: JobFilter | None = None,
         *,
         cursor: JobCursor | None = None,
         limit: int = 20,
-    ) -> list[JobRecord]:
-        """See :meth:`service.jobs.store.JobQueue.list_jobs`."""
-        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
+    ) -> list[JobHead]:
+        """See :meth:`service.jobs.store.JobQueue.list_heads`."""
+        query, conditions = _HEADS, _conditions(job_filter or JobFilter())
         if cursor is not None:
             seen = sa.tuple_(sa.literal(cursor.created_at, UtcDateTime), sa.literal(cursor.id))
-            query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < seen)
+            conditions.append(sa.tuple_(jobs.c.created_at, jobs.c.id) < seen)
+        if conditions:
+            query = query.where(*conditions)
         with self._read() as connection:
-            rows = connection.execute(query.where(*_conditions(job_filter or JobFilter())))
-            return [to_record(row, JobRecord) for row in rows]
+            return [JobHead(*row) for row in connection.execute(query, {"limit": limit})]
+
+    def get_many(self, job_ids: Collection[str]) -> dict[str, JobRecord]:
+        """See :meth:`service.jobs.store.JobQueue.get_many`."""
+        with self._read() as connection:
+            rows = connection.execute(_JOBS, {"of_jobs": list(job_ids)})
+            return {row.id: to_record(row, JobRecord) for row in rows}
 
     def counts(self) -> dict[JobState, int]:
         """See :meth:`service.jobs.store.JobQueue.counts`."""

@@ -14,7 +14,7 @@ All methods are safe to call from many threads and raise
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from service.jobs.records import (
     IdempotencyRequest,
     JobCursor,
     JobFilter,
+    JobHead,
     JobRecord,
     KeptInUse,
     Leftover,
@@ -152,14 +153,24 @@ class JobQueue(Protocol):
     def get(self, job_id: str) -> JobRecord:
         """A job. Raises ``NotFoundError``."""
 
-    def list_jobs(
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether a few rows are read sooner than another thread could be asked to read them.
+
+        So it is for a file on this machine, which nobody who writes keeps from being read.
+        """
+
+    def list_heads(
         self,
         job_filter: JobFilter | None = None,
         *,
         cursor: JobCursor | None = None,
         limit: int = 20,
-    ) -> list[JobRecord]:
-        """Jobs, newest first, after the cursor."""
+    ) -> list[JobHead]:
+        """Which jobs there are, newest first, after the cursor."""
+
+    def get_many(self, job_ids: Collection[str]) -> dict[str, JobRecord]:
+        """Jobs by id, as far as they exist."""
 
     def counts(self) -> dict[JobState, int]:
         """Number of jobs in each state, zeros included."""

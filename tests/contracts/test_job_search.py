@@ -8,11 +8,11 @@ from service.jobs.records import JobCursor, JobFilter
 from service.jobs.sql_store import SqlJobStore
 from service.jobs.states import JobState
 from tests.support.fake_clock import FakeClock
-from tests.support.jobs import ERROR, bring_to, new_job
+from tests.support.jobs import ERROR, bring_to, listed, new_job
 
 
 def found(store: SqlJobStore, text: str) -> list[str]:
-    return [job.output_uri for job in store.list_jobs(JobFilter(text=text))]
+    return [job.output_uri for job in listed(store, JobFilter(text=text))]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_every_word_is_found_wherever_it_is(
 
 
 def test_a_job_is_found_by_the_beginning_of_its_id(filled: SqlJobStore) -> None:
-    job = filled.list_jobs()[0]
+    job = listed(filled)[0]
     assert found(filled, job.id[:24].upper()) == [job.output_uri]
 
 
@@ -72,7 +72,7 @@ def test_search_goes_with_other_filters_and_pages(store: SqlJobStore, clock: Fak
         store.submit(new_job(output_uri=f"/out/{'even' if number % 2 == 0 else 'odd'}{number}"))
         clock.advance(1)
     search = JobFilter(text="even", states=(JobState.QUEUED,))
-    first = store.list_jobs(search, limit=2)
-    rest = store.list_jobs(search, cursor=JobCursor(first[-1].created_at, first[-1].id))
+    first = listed(store, search, limit=2)
+    rest = listed(store, search, cursor=JobCursor(first[-1].created_at, first[-1].id))
     assert [job.output_uri for job in (*first, *rest)] == ["/out/even4", "/out/even2", "/out/even0"]
-    assert store.list_jobs(JobFilter(text="even", states=(JobState.FAILED,))) == []
+    assert listed(store, JobFilter(text="even", states=(JobState.FAILED,))) == []

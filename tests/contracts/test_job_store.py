@@ -31,7 +31,7 @@ from service.jobs.sql_store import SqlJobStore
 from service.jobs.states import TERMINAL, TRANSITIONS, JobState, ShardState, is_allowed
 from service.jobs.tables import ACTIVE, jobs
 from tests.support.fake_clock import FakeClock
-from tests.support.jobs import ERROR, OUTPUT, bring_to, new_job, receipt_for, tiny_plan
+from tests.support.jobs import ERROR, OUTPUT, bring_to, listed, new_job, receipt_for, tiny_plan
 
 FACTS: dict[JobState, dict[str, Any]] = {
     JobState.FAILED: {"error": ERROR},
@@ -391,11 +391,11 @@ def test_pages_are_stable_while_jobs_are_added(store: SqlJobStore, clock: FakeCl
     for number in range(7):
         made.append(store.submit(new_job())[0].id)
         clock.advance(number % 2)  # some at the same instant
-    expected = [job.id for job in store.list_jobs(limit=100)]
+    expected = [job.id for job in listed(store, limit=100)]
     assert sorted(expected) == sorted(made)
     seen: list[str] = []
     cursor = None
-    while page := store.list_jobs(cursor=cursor, limit=2):
+    while page := listed(store, cursor=cursor, limit=2):
         seen += [job.id for job in page]
         cursor = JobCursor(page[-1].created_at, page[-1].id)
         clock.advance(1)
@@ -415,7 +415,7 @@ def test_jobs_are_found_by_state_label_method_time_and_initiator(
     store.request_cancel(second.id)
 
     def found(**conditions: Any) -> list[str]:
-        return [job.method for job in store.list_jobs(JobFilter(**conditions))]
+        return [job.method for job in listed(store, JobFilter(**conditions))]
 
     assert found() == ["linear", "ties"]
     assert found(states=(JobState.QUEUED,)) == ["ties"]

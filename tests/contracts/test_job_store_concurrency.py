@@ -14,7 +14,7 @@ from service.jobs.records import Claim, EventType, IdempotencyRequest, Progress
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.jobs.states import JobState
 from tests.support.fake_clock import FakeClock
-from tests.support.jobs import bring_to, new_job
+from tests.support.jobs import bring_to, listed, new_job
 
 Result = TypeVar("Result")
 
@@ -97,7 +97,7 @@ def test_fifty_equal_submits_make_one_job(store: SqlJobStore) -> None:
     results = at_once(50, lambda _: store.submit(job, idempotency=key))
     assert len({record.id for record, _ in results}) == 1
     assert [created for _, created in results].count(True) == 1
-    assert len(store.list_jobs()) == 1
+    assert len(listed(store)) == 1
 
 
 def test_a_cancel_and_a_success_at_once_end_the_job_once(store: SqlJobStore) -> None:

@@ -19,7 +19,7 @@ from service.jobs.records import IdempotencyRequest, JobFilter, Progress
 from service.jobs.rows import to_json
 from service.jobs.sql_store import SqlJobStore, open_store
 from service.jobs.tables import jobs, metadata
-from tests.support.jobs import new_job
+from tests.support.jobs import listed, new_job
 from tests.support.postgres import PostgresServer
 
 MIGRATIONS = Path(__file__).parents[2] / "service" / "migrations"
@@ -84,7 +84,7 @@ def test_jobs_that_were_there_before_search_was_are_found_by_all_their_methods(
         connection.execute(sa.insert(jobs).values(values))
     engine.dispose()
     store = open_store(url)
-    found = store.list_jobs(JobFilter(text="old TEAM=vision ties", method="ties"))
+    found = listed(store, JobFilter(text="old TEAM=vision ties", method="ties"))
     assert [(job.id, job.methods) for job in found] == [("job_1", ("ties", "linear"))]
     store.close()
 

@@ -13,6 +13,7 @@ from service.auth import Scope
 from service.jobs.records import NewJob
 from service.jobs.sql_store import SqlJobStore, open_store
 from tests.support.documents import REPOSITORY, blocks
+from tests.support.jobs import listed
 from tests.support.postgres import running_postgres
 
 DOCUMENT = REPOSITORY / "docs" / "operations.md"
@@ -75,7 +76,7 @@ def survive(url: str, backup: Callable[[], None], lose: Callable[[], None]) -> N
     assert store.get(job_id) == before
     assert store.events(job_id, limit=100) == events
     assert store.find_token(secret) is not None
-    assert later not in {job.id for job in store.list_jobs(limit=100)}
+    assert later not in {job.id for job in listed(store, limit=100)}
     assert store.claim("runner", lease_seconds=30) is not None
     store.close()
 

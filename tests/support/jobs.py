@@ -17,7 +17,7 @@ from merging.plan.plan import (
     Totals,
 )
 from merging.receipts import Receipt
-from service.jobs.records import Claim, JobRecord, NewJob
+from service.jobs.records import Claim, JobCursor, JobFilter, JobRecord, NewJob
 from service.jobs.states import JobState
 from service.jobs.store import JobStore
 
@@ -146,3 +146,19 @@ def bring_to(store: JobStore, state: JobState, **changes: Any) -> tuple[JobRecor
     job = store.get(job.id)
     assert job.state == state
     return job, claim
+
+
+def listed(
+    store: JobStore,
+    job_filter: JobFilter | None = None,
+    *,
+    cursor: JobCursor | None = None,
+    limit: int = 20,
+) -> list[JobRecord]:
+    """Jobs in the order of the list."""
+    heads = store.list_heads(job_filter, cursor=cursor, limit=limit)
+    jobs = store.get_many([head.id for head in heads])
+    assert [(head.revision, head.created_at) for head in heads] == [
+        (jobs[head.id].revision, jobs[head.id].created_at) for head in heads
+    ]
+    return [jobs[head.id] for head in heads]

@@ -247,7 +247,7 @@ def test_a_crash_shows_nothing_but_the_request_id(
     assert problem["request_id"] in problem["detail"]
 
 
-@pytest.mark.parametrize("method", ["find_token", "list_jobs"])
+@pytest.mark.parametrize("method", ["find_token", "list_heads"])
 def test_an_outage_of_the_store_asks_to_come_back(
     api: LiveApi, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
