@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import structlog
@@ -114,6 +113,8 @@ def _facts(task: ShardTask) -> dict[str, AttributeValue]:
 @functools.lru_cache(maxsize=8)
 def _tracing(endpoint: str) -> Tracing | None:
     """One per process and endpoint, so that connections outlive a task."""
+    from importlib import metadata
+
     try:
         return open_tracing(endpoint, metadata.version("mergeyard"), "mergeyard-worker")
     except Exception as error:  # noqa: BLE001 - packages or settings of this machine's

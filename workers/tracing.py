@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _SECONDS_TO_SEND = 0.5
 """Longest wait of :meth:`Tracing.flush`; a collector answers in some milliseconds."""
 
+_SECONDS_TO_CLOSE = 3.0
+
 
 class Tracing:
     """Makes spans and sends them from a thread of its own; an endpoint that is away costs nothing.
@@ -103,8 +105,10 @@ class Tracing:
             self._is_prompt = not self._sender.is_alive()
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, to a collector that takes it in a few seconds."""
+        closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
+        closing.start()
+        closing.join(_SECONDS_TO_CLOSE)
 
     def _send(self) -> None:
         begin = time.monotonic()
