@@ -8,92 +8,21 @@ with Client("http://127.0.0.1:8000", token) as client:
 
 from __future__ import annotations
 
-import json
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import httpx
+from service.client_http import ApiError, HttpClient
 
-from merging.errors import Fault, MergeError
+__all__ = ["ApiError", "Client"]
 
 _RECONNECT_SECONDS = 1.0
 _PATIENCE_SECONDS = 300.0
 """How long a stream may find nobody to take it up again: time for a service to be replaced."""
 
-_REQUEST_SECONDS = 60.0
-_STREAM_SILENCE_SECONDS = 60.0  # the service says something every 15
 
-
-class ApiError(MergeError):
-    """The service answered with a problem, or could not be reached (code ``unreachable``).
-
-    Attributes:
-        problem: The problem+json object (``code``, ``detail``, ``errors`` …).
-    """
-
-    def __init__(self, problem: Mapping[str, Any]) -> None:
-        super().__init__(
-            str(problem.get("detail") or problem.get("title") or "The request failed."),
-            code=problem.get("code"),
-            faults=[
-                Fault(
-                    str(item.get("pointer") or item.get("parameter") or ""),
-                    str(item.get("code", "")),
-                    str(item.get("detail", "")),
-                )
-                for item in problem.get("errors") or ()
-            ],
-            retryable=bool(problem.get("retryable")),
-        )
-        self.problem = dict(problem)
-
-
-class Client:
-    """Talks to one service. Every call raises :class:`ApiError`.
-
-    Args:
-        url: Address of the service, path prefix included.
-        token: Bearer token.
-        transport: For tests.
-    """
-
-    def __init__(
-        self, url: str, token: str, *, transport: httpx.BaseTransport | None = None
-    ) -> None:
-        if not (token and token.isascii() and token.isprintable()):
-            raise ApiError(
-                {
-                    "code": "unauthenticated",
-                    "detail": "The token is empty, or has characters that no token has.",
-                }
-            )
-        try:
-            self._http = httpx.Client(
-                base_url=url,
-                headers={"Authorization": f"Bearer {token}"},
-                timeout=_REQUEST_SECONDS,
-                transport=transport,
-            )
-        except httpx.InvalidURL as error:
-            raise _unreachable(url, error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+class Client(HttpClient):
+    """Talks to one service. Every call raises :class:`ApiError`."""
 
     def submit(
         self,
@@ -170,9 +99,10 @@ class Client:
     def logs(self, job_id: str, *, follow: bool = False) -> Iterator[str]:
         """Lines of a job's log; with ``follow`` until the job has ended."""
         path = f"/v1/jobs/{job_id}/logs"
-        timeout = httpx.Timeout(_REQUEST_SECONDS, read=None if follow else _REQUEST_SECONDS)
-        parameters = {"follow": "true"} if follow else {}
-        yield from self._lines(path, params=parameters, timeout=timeout)
+        if follow:
+            yield from self._lines(path, silence_seconds=None, params={"follow": "true"})
+        else:
+            yield from self._lines(path)
 
     def create_token(
         self, name: str, scopes: Sequence[str], *, expires_at: str | None = None
@@ -286,91 +216,9 @@ class Client:
             return False
         return not self._list(f"/v1/jobs/{job_id}/events", {"after": last})
 
-    def _stream(
-        self, path: str, after: int | None, filters: Mapping[str, str | Sequence[str]] | None = None
-    ) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """Positions with their events; None where only the position moved on."""
-        headers = {"Accept": "text/event-stream"}
-        if after is not None:
-            headers["Last-Event-ID"] = str(after)
-        timeout = httpx.Timeout(_REQUEST_SECONDS, read=_STREAM_SILENCE_SECONDS)
-        position, event = None, None
-        for line in self._lines(path, headers=headers, timeout=timeout, params=filters):
-            if line.startswith("data:"):
-                event = json.loads(line[5:])
-            elif line.startswith("id:"):
-                position = int(line[3:])
-            elif not line and position is not None:
-                yield position, event
-                position, event = None, None
-
-    def _lines(self, path: str, **arguments: Any) -> Iterator[str]:
-        try:
-            with self._http.stream("GET", path, **arguments) as response:
-                if response.is_error:
-                    response.read()
-                _raise_for_problem(response)
-                yield from response.iter_lines()
-        except httpx.RequestError as error:
-            raise _unreachable(str(self._http.base_url), error) from error
-
-    def _list(self, path: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._call("GET", path, params=parameters)["data"]
-        return found
-
-    def _create(self, path: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
-        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return self._call("POST", path, json=body, headers=headers)
-
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise _unreachable(str(self._http.base_url), error) from error
-        _raise_for_problem(response)
-        return response
-
-    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        response = self._send(method, path, **arguments)
-        try:
-            result = response.json()
-        except ValueError:
-            result = None
-        if not isinstance(result, dict):
-            raise ApiError(
-                {
-                    "code": "unreachable",
-                    "detail": f"What answers at {response.url} is not Mergeyard: status"
-                    f" {response.status_code} without a JSON object. Name the service with --url.",
-                }
-            )
-        return result
-
-
-def _unreachable(url: str, error: Exception) -> ApiError:
-    return ApiError(
-        {
-            "code": "unreachable",
-            "detail": f"No service answers at {url} ({str(error).rstrip('.')})."
-            " Start one with 'mergeyard serve', or name another with --url.",
-        }
-    )
-
 
 def _raise_if_final(error: ApiError, heard_at: float) -> None:
     """Raise what ends a stream; nothing for what another try may mend, for a time."""
     is_lost = error.retryable or error.code == "unreachable"
     if not is_lost or time.monotonic() - heard_at > _PATIENCE_SECONDS:
         raise error
-
-
-def _raise_for_problem(response: httpx.Response) -> None:
-    if not response.is_error:
-        return
-    try:
-        problem = response.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        problem = {"detail": f"The server answered {response.status_code} without an explanation."}
-    raise ApiError(problem)

@@ -1,9 +1,9 @@
 """The job store on SQLite or PostgreSQL.
 
 The statements lie in files by who uses them: ``sql_read``, ``sql_queue`` and ``sql_plans`` for
-the API, ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for authentication;
-``sql_endpoints`` and ``sql_outbox`` are about webhooks, ``sql_news`` about everything that happens;
-``sql_base`` holds what keeps the store's rules.
+the API, ``sql_leases`` and ``sql_claimed`` for the runner, ``sql_tokens`` and ``sql_sessions`` for
+authentication; ``sql_endpoints`` and ``sql_outbox`` are about webhooks, ``sql_news`` about
+everything that happens; ``sql_base`` holds what keeps the store's rules.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from service.jobs.migrate import is_current, upgrade
 from service.jobs.sql_base import Clock
 from service.jobs.sql_claimed import ClaimedStatements
 from service.jobs.sql_endpoints import EndpointStatements
+from service.jobs.sql_leases import LeaseStatements
 from service.jobs.sql_leftovers import LeftoverStatements
 from service.jobs.sql_news import NewsStatements
 from service.jobs.sql_outbox import OutboxStatements
@@ -28,6 +29,7 @@ class SqlJobStore(
     ReadStatements,
     QueueStatements,
     PlanStatements,
+    LeaseStatements,
     ClaimedStatements,
     LeftoverStatements,
     TokenStatements,
