@@ -153,6 +153,7 @@ def test_the_readme_is_made_from_the_values() -> None:
         ("--set=image.digest=sha256:12", "digest"),
         ("--set=ray.workerGroups=null", "workerGroups"),
         ("--set=monitoring.serviceMonitor.enabled=true", "tokenSecret must name"),
+        ("--set=monitoring.traces.headersSecret.name=collector", "key"),
     ],
 )
 def test_values_that_cannot_work_are_refused(helm: Helm, given: str, said: str) -> None:
@@ -352,6 +353,18 @@ def test_other_settings_pass_through(helm: Helm) -> None:
         assert variables["MERGEYARD_BODY_LIMIT_BYTES"] == "2097152"
         secret = {"secretKeyRef": {"name": "mlflow", "key": "token"}}
         assert variables["MERGEYARD_MLFLOW_CREDENTIALS"] == secret
+
+
+def test_service_and_workers_have_the_headers_of_the_collector_of_traces(helm: Helm) -> None:
+    found = render(helm, "open")
+    wanted = {"secretKeyRef": {"name": "collector", "key": "headers"}}
+    for ending, container in (("-api", "api"), ("-runner", "runner")):
+        assert environment(found, ending, container)["OTEL_EXPORTER_OTLP_HEADERS"] == wanted
+    (cluster,) = (item for item in found if item["kind"] == "RayCluster")
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        given = {"name": "OTEL_EXPORTER_OTLP_HEADERS", "valueFrom": wanted}
+        assert given in worker["env"]
 
 
 @pytest.mark.parametrize(("name", "first"), [("trial", "post-install"), ("aws", "pre-install")])

@@ -93,6 +93,13 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{- define "mergeyard.tracesEnv" -}}
+{{- with .Values.monitoring.traces.headersSecret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+{{- end }}
+{{- end -}}
+
 {{- define "mergeyard.rayEnv" -}}
 - {name: RAY_AUTH_MODE, value: token}
 - name: RAY_AUTH_TOKEN
@@ -136,6 +143,7 @@ imagePullSecrets:
 {{- end }}
 {{ include "mergeyard.databaseEnv" . | trim }}
 {{ include "mergeyard.storageEnv" . | trim }}
+{{ include "mergeyard.tracesEnv" . | trim }}
 {{- range $name, $value := .Values.settings }}
 - {name: MERGEYARD_{{ $name | upper }}, value: {{ include "mergeyard.text" $value | quote }}}
 {{- end }}
