@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from merging.plan.plan import PLAN_FORMAT, Input, Plan, Problem, Setting, Shard, Totals
+from merging.plan.outputs import Input, Totals
+from merging.plan.plan import PLAN_FORMAT, Plan, Problem, Setting, Shard
 from service.jobs.records import NewJob, Progress, ShardCounts
 from service.jobs.sql_store import SqlJobStore
 from service.jobs.states import JobState, ShardState

@@ -95,6 +95,7 @@ class UpdateRule:
                     combine=combine,
                     combined_entries=lambda _: 1,
                     combined_dtype="F64",
+                    ignores=frozenset({"scale"}),
                 ),
             ),
             finish=Step(merge=_finish, cost=_adding_cost),
@@ -131,7 +132,10 @@ def _finish(base: torch.Tensor | None, update: Iterator[torch.Tensor], task: Tas
 
     assert base is not None
     found, numbers = task.given
-    return _add(base, next(update), float(found), Calibration(*numbers.tolist()), task)
+    scale = task.parameters.scale
+    if isinstance(scale, str):
+        scale = float(found)
+    return _add(base, next(update), scale, Calibration(*numbers.tolist()), task)
 
 
 def _add(

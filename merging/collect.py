@@ -7,10 +7,11 @@ is complete keeps all its files, whoever made it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import datetime, timedelta
 
 from merging.errors import StorageError
-from merging.plan.plan import WORKSPACE, Plan, file_uri, workspace_uri
+from merging.plan.plan import WORKSPACE, Plan, file_uri, file_uris, workspace_uri
 from merging.publish import marker_name
 from merging.receipts import read_receipt
 from merging.storage.base import Storage
@@ -38,11 +39,14 @@ def collect(plan: Plan, storage: Storage, *, since: datetime, until: datetime) -
     output, digest = plan.output_uri, plan.digest
     workspace = workspace_uri(output, digest)
     span = {"since": since - _CLOCKS_DIFFER, "until": until + _CLOCKS_DIFFER}
-    early = [s.file_name for s in plan.shards if not (s.is_output or s.folder)]
-    removed = storage.discard_unfinished(workspace, frozenset(early), **span)
-    weights = frozenset(shard.file_name for shard in plan.outputs)
-    for folder in plan.checkpoint_uris:
-        removed += storage.discard_unfinished(folder, weights, **span)
+    names: defaultdict[str, set[str]] = defaultdict(set)
+    for shard in plan.shards:
+        for uri in file_uris(output, digest, shard, plan.variant_names):
+            if not shard.folder:
+                names[uri.rpartition("/")[0]].add(shard.file_name)
+    removed = sum(
+        storage.discard_unfinished(folder, found, **span) for folder, found in names.items()
+    )
     doomed = [item.uri for item in storage.list(workspace)]
     if doomed:
         # First, since they are known by the receipts in the workspace.

@@ -45,7 +45,7 @@ def run_plan(
     }
     receipts = {index: receipt for index, receipt in found.items() if receipt is not None}
     for index in sorted(shards_left(plan, receipts)):
-        versions = {index: receipt.version for index, receipt in receipts.items()}
+        versions = {index: receipt.versions for index, receipt in receipts.items()}
         receipts[index] = engine(
             plan.work(index, digest, versions),
             storage,

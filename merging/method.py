@@ -251,6 +251,8 @@ class Reduction:
         combine: Of the parts of all tensors, in the model's order, as experts.
         combined_entries: Of its result, given the number of experts.
         combined_dtype: Type of that.
+        ignores: Recipe-level parameters that the map does not depend on: variants of a sweep that
+            differ in no others share its result.
     """
 
     name: str
@@ -261,6 +263,7 @@ class Reduction:
     combine: Step
     combined_entries: Callable[[int], int]
     combined_dtype: str
+    ignores: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

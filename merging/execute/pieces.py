@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from merging.dtypes import ITEM_SIZE
-from merging.execute.treatment import Treatment, treatments
+from merging.execute.treatment import Treatment, treatment
 from merging.plan.cost import group_limit, tile_entries
 from merging.plan.plan import Problem, ShardWork, Source
 
@@ -104,17 +104,20 @@ class Group:
 
 def cut_problems(work: ShardWork) -> Iterator[Piece]:
     """All pieces of a shard, in the order of the output file."""
-    by_setting = treatments(work)
+    known: dict[tuple[int, bool], Treatment] = {}
     for number, problem in enumerate(work.shard.problems):
-        treatment = by_setting[problem.setting]
+        key = problem.setting, problem.num_given_apart > 0
+        if key not in known:
+            setting = work.settings[problem.setting]
+            known[key] = treatment(setting, work.shard.num_files, are_apart=key[1])
         entries = math.prod(problem.input_shape)
-        if not treatment.is_tiled:
-            yield Piece(problem, number, 0, entries, treatment, problem.sources)
+        if not known[key].is_tiled:
+            yield Piece(problem, number, 0, entries, known[key], problem.sources)
             continue
         tile = tile_entries(entries, problem.expanded_bytes, work.memory_budget)
         for start in range(0, max(entries, 1), tile):
             end = min(start + tile, entries)
-            yield Piece(problem, number, start, end, treatment, _sources(problem, start, end))
+            yield Piece(problem, number, start, end, known[key], _sources(problem, start, end))
 
 
 def _sources(problem: Problem, start: int, end: int) -> tuple[Source, ...]:

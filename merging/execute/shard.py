@@ -130,7 +130,7 @@ class _Merge:
         self._device = run.device
         self._groups = list(group_pieces(list(cut_problems(work)), work.memory_budget))
         self._given = Given()
-        self._sum: torch.Tensor | None = None
+        self._sums: dict[int, torch.Tensor] = {}
         self._budget = MemoryBudget(work.memory_budget)
         self._buffers = BufferPool(self._budget, pinned=run.device != "cpu")
         self._solver = Solver(work, run.device, self._buffers)
@@ -219,17 +219,18 @@ class _Merge:
                 self._budget.release(working)
                 variants[numbers[0]].seconds += self._run.seconds["solve"] - before
                 if piece.is_summand:
-                    result = self._add_up(piece, result)
+                    result = self._add_up(piece, numbers[0], result)
                 if piece.is_last or not piece.is_summand:
                     with self._run.timed("write"):
                         files.write(result, numbers, done)
                 del result, done
 
-    def _add_up(self, piece: Piece, result: torch.Tensor) -> torch.Tensor:
-        """The sum of the results of a problem's pieces so far."""
-        if piece.start > 0 and self._sum is not None:
-            result = self._sum.add_(result)
-        self._sum = result
+    def _add_up(self, piece: Piece, number: int, result: torch.Tensor) -> torch.Tensor:
+        """The sum of the results of a problem's pieces so far, in one of the files."""
+        if piece.start > 0:
+            result = self._sums.pop(number).add_(result)
+        if not piece.is_last:
+            self._sums[number] = result
         return result
 
     def _wait_for_writes(self, files: ShardFiles, needed: int) -> None:

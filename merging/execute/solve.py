@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -117,6 +118,8 @@ class Solver:
         tasks = [self._task(piece, place, figures[place]) for place in range(len(figures))]
         for group in treatment.groups:
             experts = made if held is None else iter(held)
+            if problem.has_own_experts:
+                experts = itertools.islice(experts, treatment.files[group[0]][0], None)
             if len(group) == 1:
                 step = treatment.applied[group[0]].step
                 assert step is not None
@@ -139,7 +142,10 @@ class Solver:
             transposed=problem.transposed,
             ranks=problem.ranks if piece.treatment.takes_adapters else (),
             figures=figures,
-            given=tuple(self.given[source].to(self._device) for source in problem.given),
+            given=tuple(
+                self.given[source].to(self._device)
+                for source in problem.given_to(piece.treatment.files[place][0])
+            ),
             memory=self._memory[place],
             shape=problem.input_shape,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from merging.layered import group_by_problem
 from merging.method import Step, get_method
 from merging.plan.cost import is_streaming, is_tiled, takes_adapters
-from merging.plan.plan import COPY, Setting, ShardWork
+from merging.plan.plan import COPY, Setting
 from merging.steps import step_of
 
 
@@ -47,20 +47,23 @@ class Treatment:
     is_streaming: bool
 
 
-def treatments(work: ShardWork) -> list[Treatment]:
-    """One for each setting of a shard."""
-    return [_treatment(setting, work.shard.num_files) for setting in work.settings]
+def treatment(setting: Setting, num_files: int, *, are_apart: bool) -> Treatment:
+    """Of problems with this setting.
 
-
-def _treatment(setting: Setting, num_files: int) -> Treatment:
+    Args:
+        setting: Theirs.
+        num_files: Of the shard.
+        are_apart: Variants are given results of their own, so that none has another's result.
+    """
     different: list[Setting] = []
     files: list[list[int]] = []
     for number in range(num_files):
         own = setting.of_variant(number)
-        if own not in different:
+        if are_apart or own not in different:
             different.append(own)
-            files.append([])
-        files[different.index(own)].append(number)
+            files.append([number])
+        else:
+            files[different.index(own)].append(number)
     applied = [_apply(own) for own in different]
     pairs = [(one.step, one.parameters) for one in applied]
     first = applied[0].step

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from merging.errors import Fault
 from merging.plan.intermediate import Intermediates, is_double
 from merging.plan.plan import Problem
+from merging.plan.staging import with_given
 from merging.recipe.parse import recipe_error
 from merging.roles import NOT_LINEAR
 from merging.singular_values import SVC
@@ -29,7 +28,8 @@ def calibrate_after(
         stages: To which shards are added.
 
     Raises:
-        RecipeError: ``incompatible_options``: the method has no base model.
+        RecipeError: ``incompatible_options``: the method has no base model, or not all variants
+            are calibrated.
     """
     finals = list(merged)
     places = [place for place, problem in enumerate(problems) if _is_calibrated(problem, stages)]
@@ -39,7 +39,7 @@ def calibrate_after(
             " method with a base model, or leave it out."
         )
         raise recipe_error([Fault("/parameters/svc", "incompatible_options", detail)])
-    results = stages.write(
+    results = stages.write_each(
         [
             stages.stored_as(merged[place], "F64" if is_double(problems[place]) else "F32")
             for place in places
@@ -47,12 +47,21 @@ def calibrate_after(
         "merged",
     )
     for place, result in zip(places, results, strict=True):
-        problem = msgspec.structs.replace(problems[place], given=(result,))
-        finals[place] = stages.of_step(problem, SVC)
+        given = with_given(problems[place], [(one,) for one in result])
+        finals[place] = stages.of_step(given, SVC)
     return finals
 
 
 def _is_calibrated(problem: Problem, stages: Intermediates) -> bool:
     """Whether it is a linear layer that the recipe's method merges, with calibration after."""
-    is_layer = len(problem.shape) == 2 and problem.role not in NOT_LINEAR
-    return is_layer and getattr(stages.parameters(problem), SVC, None) is not None
+    if len(problem.shape) != 2 or problem.role in NOT_LINEAR:
+        return False
+    variants = stages.settings.variants(problem.setting)
+    asked = [getattr(variant.parameters, SVC, None) is not None for variant in variants]
+    if any(asked) and not all(asked):
+        detail = (
+            "'svc' is one more pass over the model, which variants share, and others of this sweep"
+            " do without it. Give it to all of them, or submit them as two merges."
+        )
+        raise recipe_error([stages.settings.fault(asked.index(True), detail)])
+    return asked[0]

@@ -270,6 +270,8 @@ def _cost(
         workspace += _adapter_entries(variants, load, entries) * _FLOAT32_BYTES
         workspace *= 2 if load.is_double else 1
     result = (entries if load.result_entries is None else load.result_entries) * load.item_size
+    if steps[0] is not None and steps[0].separable == "sum":
+        workspace += (len(steps) - 1) * result  # the sums of other variants wait for the next tile
     host_bytes = inputs + result + (workspace if on_host else 0)
     device_bytes = inputs + workspace + (result if rounds and not on_host else 0)
     return ProblemCost(flops, host_bytes, device_bytes, row_block)

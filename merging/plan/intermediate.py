@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import msgspec
@@ -30,6 +30,7 @@ class Intermediates:
         shards: What is to be done before the rest of the output's shards, in order.
         budgets: What a worker may use.
         output_uri: Folder of the output.
+        settings: The plan's.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Intermediates:
     ) -> None:
         self.shards: list[Shard] = []
         self.budgets = budgets
-        self._settings = settings
+        self.settings = settings
         self._files = files
         self._max_shard_size = max_shard_size
         self.output_uri = output_uri
@@ -55,25 +56,31 @@ class Intermediates:
 
     def method(self, problem: Problem) -> MergeMethod | None:
         """The method of a problem; None of a copy."""
-        name = self._settings.settings[problem.setting].method
+        name = self.settings.settings[problem.setting].method
         return None if name == COPY else get_method(name)
 
     def parameters(self, problem: Problem) -> Any:
         """The recipe-level parameters of a problem."""
-        return self._settings.parameters(problem.setting)
+        return self.settings.parameters(problem.setting)
 
-    def expert_parameters(self, problem: Problem) -> tuple[dict[str, Any], ...]:
-        """The experts' parameters of a problem, as data."""
-        return self._settings.settings[problem.setting].expert_parameters
+    def of_variant(self, problem: Problem, number: int) -> Problem:
+        """The problem as one of that variant alone."""
+        return msgspec.structs.replace(problem, setting=self.settings.only(problem.setting, number))
 
-    def of_step(self, problem: Problem, step: str) -> Problem:
-        """The problem as one of this step of its method, with what that costs."""
-        variants = self._settings.methods(problem.setting)
+    def of_step(self, problem: Problem, step: str, without: Container[str] = ()) -> Problem:
+        """The problem as one of this step of its method, with what that costs.
+
+        Args:
+            problem: As of the method.
+            step: Its name.
+            without: Recipe-level parameters that it does not depend on.
+        """
+        variants = self.settings.methods(problem.setting)
         steps = [(step_of(method, step), own) for method, own in variants if method is not None]
         cost = problem_cost(steps, problem_load(problem), self.budgets)
         return msgspec.structs.replace(
             problem,
-            setting=self._settings.step(problem.setting, step),
+            setting=self.settings.step(problem.setting, step, without),
             row_block=cost.row_block,
             flops=cost.flops,
             host_bytes=cost.host_bytes,
@@ -85,16 +92,31 @@ class Intermediates:
         if problem.dtype == dtype:
             return problem
         changed = msgspec.structs.replace(problem, dtype=dtype)
-        return self.of_step(changed, self._settings.settings[problem.setting].step)
+        return self.of_step(changed, self.settings.settings[problem.setting].step)
 
     def write(self, problems: Sequence[Problem], stage: str) -> list[Source]:
         """Have these results written to intermediate files; where each will be."""
-        first = len(self.shards)
-        shards = pack(problems, self._max_shard_size, first_index=first, stage=stage)
-        places: dict[str, Source] = {}
-        for shard in shards:
-            places |= self._add(shard)
+        return [first for first, *_ in self.write_each(problems, stage)]
+
+    def write_each(self, problems: Sequence[Problem], stage: str) -> list[tuple[Source, ...]]:
+        """The same, and where the result of each variant will be: in one file if all do the same,
+        given the same.
+        """
+        first, count = len(self.shards), self.settings.num_variants
+        places: dict[str, tuple[Source, ...]] = {}
+        for shard in pack(problems, self._max_shard_size, first_index=first, stage=stage):
+            num_files = count if any(map(self._differs, shard.problems)) else 1
+            files = [number if num_files > 1 else 0 for number in range(count)]
+            found = self._add(msgspec.structs.replace(shard, num_files=num_files))
+            for name, source in found.items():
+                places[name] = tuple(
+                    msgspec.structs.replace(source, file=source.file + file) for file in files
+                )
         return [places[problem.tensor_name] for problem in problems]
+
+    def _differs(self, problem: Problem) -> bool:
+        """Whether variants have different results."""
+        return problem.num_given_apart > 0 or bool(self.settings.settings[problem.setting].others)
 
     def write_apart(self, problems: Sequence[Problem], stage: str) -> list[Source]:
         """The same with a file for each: several may be for one tensor."""
@@ -133,7 +155,8 @@ class Intermediates:
 
     def _add(self, shard: Shard) -> dict[str, Source]:
         sources = tensor_sources(shard, len(self._files))
-        self._files.append(made_file(self.output_uri, shard))
+        files = range(shard.num_files)
+        self._files += [made_file(self.output_uri, shard, number) for number in files]
         self.shards.append(shard)
         return sources
 

@@ -1,8 +1,8 @@
-"""What a plan tells of its checkpoints beside their weights."""
+"""What a plan tells of its checkpoints beside their tensors, and in sum."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,3 +29,30 @@ class Variant(msgspec.Struct, frozen=True):
     recipe: dict[str, Any]
     recipe_digest: str
     method: str
+
+
+class Input(msgspec.Struct, frozen=True):
+    """An input checkpoint, for lineage and the report.
+
+    ``digest`` is a hash over its files' names, sizes and versions (not over the weights).
+    """
+
+    uri: str
+    role: Literal["base", "expert"]
+    digest: str
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """Sums over the plan: bytes and operations of all shards, tensors of the output.
+
+    ``bytes_intermediate`` are those of ``bytes_written`` that go to the workspace; what is read of
+    them is in ``bytes_read``.
+    """
+
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    flops: float
+    max_host_bytes: int
+    max_device_bytes: int
+    bytes_intermediate: int = 0

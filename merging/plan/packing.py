@@ -98,11 +98,11 @@ def _file_name(stage: str, number: int, count: int) -> str:
     return f"{stage}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def made_file(output_uri: str, shard: Shard) -> SourceFile:
+def made_file(output_uri: str, shard: Shard, variant: int = 0) -> SourceFile:
     """A shard's file as a source of later shards, to be addressed and pinned when it is there."""
     folder = shard.folder or f"{output_uri}/{WORKSPACE}"
     uri = output_uri if shard.is_output else f"{folder}/{shard.file_name}"
-    return SourceFile(uri, shard.size, "", shard.index)
+    return SourceFile(uri, shard.size, "", shard.index, variant)
 
 
 def tensor_sources(shard: Shard, file: int) -> dict[str, Source]:

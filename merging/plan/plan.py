@@ -15,9 +15,9 @@ from typing import Any, Literal
 import msgspec
 
 from merging.checkpoint.vocabulary import AddedToken
-from merging.plan.outputs import Companion, Variant
+from merging.plan.outputs import Companion, Input, Totals, Variant
 
-PLAN_FORMAT = 3
+PLAN_FORMAT = 4
 """Version of the serialised form; a worker refuses a plan of another one."""
 
 WORKSPACE = ".mergeyard"
@@ -41,13 +41,15 @@ class SourceFile(msgspec.Struct, frozen=True, array_like=True):
     """A file to read from, pinned to the version that was seen at planning.
 
     ``shard`` is the shard that makes the file while the plan runs: its address and version are
-    filled in once that is done (:meth:`Plan.work`). None for a file of an input.
+    filled in once that is done (:meth:`Plan.work`). None for a file of an input. ``variant`` says
+    which of that shard's files it is, if there is one for each variant.
     """
 
     uri: str
     size: int
     version: str
     shard: int | None = None
+    variant: int = 0
 
 
 class Source(msgspec.Struct, frozen=True, array_like=True):
@@ -133,6 +135,9 @@ class Problem(msgspec.Struct, frozen=True):
         layer: Its layer number, or -1 outside the layers.
         source_shape: Shape of the inputs where it is another one.
         given: Small results of earlier shards, read once for the shard.
+        num_given_apart: In a sweep, how many variants are given results of their own: those of one
+            stand after another's. 0 if what is given is for all.
+        has_own_experts: Each variant gets one of the experts, its own; they are in its order.
         parts: What makes each expert, in recipe order; empty if each is one stored tensor.
         sees_base: The method gets the base; otherwise only experts are made of it.
     """
@@ -154,6 +159,15 @@ class Problem(msgspec.Struct, frozen=True):
     given: tuple[Source, ...] = ()
     parts: tuple[Parts, ...] = ()
     sees_base: bool = False
+    num_given_apart: int = 0
+    has_own_experts: bool = False
+
+    def given_to(self, variant: int) -> tuple[Source, ...]:
+        """What a variant is given."""
+        if not self.num_given_apart:
+            return self.given
+        count = len(self.given) // self.num_given_apart
+        return self.given[variant * count : (variant + 1) * count]
 
     @property
     def num_entries(self) -> int:
@@ -222,7 +236,7 @@ class Shard(msgspec.Struct, frozen=True):
     output is published; its tensors are named after the output tensors that they are for.
 
     Every variant of a sweep has a file of weights of the same name and size: the shard is all of
-    them.
+    them. An intermediate one is a file for each variant if they do not do the same.
 
     ``folder`` is where an intermediate file lies that other merges use too (:mod:`merging.kept`).
     """
@@ -255,33 +269,6 @@ class Shard(msgspec.Struct, frozen=True):
     def flops(self) -> float:
         """Estimated operations."""
         return sum(problem.flops for problem in self.problems)
-
-
-class Input(msgspec.Struct, frozen=True):
-    """An input checkpoint, for lineage and the report.
-
-    ``digest`` is a hash over its files' names, sizes and versions (not over the weights).
-    """
-
-    uri: str
-    role: Literal["base", "expert"]
-    digest: str
-
-
-class Totals(msgspec.Struct, frozen=True):
-    """Sums over the plan: bytes and operations of all shards, tensors of the output.
-
-    ``bytes_intermediate`` are those of ``bytes_written`` that go to the workspace; what is read of
-    them is in ``bytes_read``.
-    """
-
-    tensors: int
-    bytes_read: int
-    bytes_written: int
-    flops: float
-    max_host_bytes: int
-    max_device_bytes: int
-    bytes_intermediate: int = 0
 
 
 class ShardWork(msgspec.Struct, frozen=True):
@@ -419,14 +406,17 @@ class Plan(msgspec.Struct, frozen=True):
         return tuple(shard for shard in self.shards if shard.kind == "weights")
 
     def work(
-        self, shard_index: int, plan_digest: str, versions: Mapping[int, str] | None = None
+        self,
+        shard_index: int,
+        plan_digest: str,
+        versions: Mapping[int, Sequence[str]] | None = None,
     ) -> ShardWork:
         """The message for one shard.
 
         Args:
             shard_index: Which.
             plan_digest: :attr:`digest`, computed once.
-            versions: Of the files of the shards that it needs (:mod:`merging.plan.stages`).
+            versions: Of all files of each shard that it needs (:mod:`merging.plan.stages`).
         """
         shard = self.shards[shard_index]
         file_map: dict[int, int] = {}
@@ -461,14 +451,16 @@ class Plan(msgspec.Struct, frozen=True):
         )
 
     def _pin(
-        self, file: SourceFile, plan_digest: str, versions: Mapping[int, str] | None
+        self, file: SourceFile, plan_digest: str, versions: Mapping[int, Sequence[str]] | None
     ) -> SourceFile:
         """The file as it can be read."""
         if file.shard is None:
             return file
         assert versions is not None, "a shard is worked on after those that it needs"
-        uri = file_uri(self.output_uri, plan_digest, self.shards[file.shard])
-        return SourceFile(uri, file.size, versions[file.shard], file.shard)
+        shard = self.shards[file.shard]
+        uri = file_uris(self.output_uri, plan_digest, shard, self.variant_names)[file.variant]
+        version = versions[file.shard][file.variant]
+        return msgspec.structs.replace(file, uri=uri, version=version)
 
 
 def workspace_uri(output_uri: str, plan_digest: str) -> str:
@@ -485,8 +477,13 @@ def file_uris(
     output_uri: str, plan_digest: str, shard: Shard, variants: Sequence[str]
 ) -> tuple[str, ...]:
     """Addresses of a shard's files, in the order of the variants."""
-    outputs = checkpoint_uris(output_uri, variants) if shard.is_output else (output_uri,)
-    return tuple(file_uri(output, plan_digest, shard) for output in outputs)
+    if shard.is_output:
+        outputs = checkpoint_uris(output_uri, variants)
+        return tuple(file_uri(output, plan_digest, shard) for output in outputs)
+    if shard.num_files == 1:
+        return (file_uri(output_uri, plan_digest, shard),)
+    workspace = workspace_uri(output_uri, plan_digest)
+    return tuple(f"{workspace}/{name}/{shard.file_name}" for name in variants)
 
 
 def file_uri(output_uri: str, plan_digest: str, shard: Shard) -> str:

@@ -33,11 +33,11 @@ from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.masks import check_masks, mask_problems, mask_shards
 from merging.plan.output_config import output_config
+from merging.plan.outputs import Input
 from merging.plan.packing import number_files, pack
 from merging.plan.plan import (
     PLAN_FORMAT,
     WORKSPACE,
-    Input,
     Plan,
     checkpoint_uris,
 )
@@ -113,14 +113,14 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         as_adapter = adapter_output(problems, stages, builder, inputs, options.adapter_rank)
         problems = as_adapter.problems
     if variants or len(inputs.slices) > 1:
-        builder.settings.refuse_passes()
+        builder.settings.refuse_passes(has_sections=len(inputs.slices) > 1)
     check_masks(recipe, problems, stages, has_own_tokens=vocabulary is not None)
     masks = mask_problems(problems, stages)
     problems = add_statistics(problems, stages, builder, stored, recipe, options, storage, warnings)
+    merged = Staging(stages).stage(problems)
     if not variants:
-        merged = Staging(stages).stage(problems)
         merged = divide_large(merged, stages, options.workers or 1, warnings)
-        problems = calibrate_after(problems, merged, stages)
+    problems = calibrate_after(problems, merged, stages)
     rest = stages.unwritten(problems)
     check_fit([*stages.problems, *rest, *masks], builder.settings.settings, budgets)
     if as_adapter is not None:

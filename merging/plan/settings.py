@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -118,13 +118,20 @@ class SettingTable:
                 return self.copy()
         return number
 
-    def step(self, setting: int, name: str) -> int:
-        """The setting of a step of a method that takes several passes."""
+    def step(self, setting: int, name: str, without: Container[str] = ()) -> int:
+        """The setting of a step of a method that takes several passes.
+
+        Args:
+            setting: Of the method.
+            name: Of the step.
+            without: Recipe-level parameters that it does not depend on.
+        """
         whole = self.settings[setting]
         key = json.dumps([setting, name])
         if key not in self._numbers:
             self._numbers[key] = len(self.settings)
-            self.settings.append(msgspec.structs.replace(whole, step=name))
+            own = {n: value for n, value in whole.parameters.items() if n not in without}
+            self.settings.append(msgspec.structs.replace(whole, step=name, parameters=own))
             self._models.append(self._models[setting])
         return self._numbers[key]
 

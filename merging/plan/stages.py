@@ -6,7 +6,8 @@ from collections.abc import Callable, Container, Sequence
 
 import msgspec
 
-from merging.plan.plan import Plan, Problem, Shard, Source, Totals
+from merging.plan.outputs import Totals
+from merging.plan.plan import Plan, Problem, Shard, Source
 from merging.storage.base import Storage
 
 
@@ -110,5 +111,5 @@ def sum_up(shards: Sequence[Shard], storage: Storage, output_uri: str) -> Totals
             for shard in shards
         ),
         max_device_bytes=max(problem.device_bytes for problem in problems),
-        bytes_intermediate=sum(shard.size for shard in shards if not shard.is_output),
+        bytes_intermediate=sum(shard.bytes_written for shard in shards if not shard.is_output),
     )

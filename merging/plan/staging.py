@@ -4,19 +4,43 @@ A tensor of such a method is merged by the last pass, ``finish``. Each reduction
 stage of *maps*, one for every tensor, whose results lie in intermediate files, and one of
 *combinations*, one for every group of tensors that are reduced together. The inputs are read again
 in every pass that needs them, which shows in the plan's bytes.
+
+The variants of a sweep go through the same passes together. So maps and the last pass read the
+inputs once for all of them, and leave a result for each; what tensors are reduced together, each
+variant has for itself. One whose parameters ask for no passes takes part with each tensor as a
+group by itself, where the result is the same.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from merging.dtypes import ITEM_SIZE
-from merging.method import COMBINED, FINISH, MergeMethod, Reduction, Staged
+from merging.errors import Fault
+from merging.method import COMBINED, FINISH, Reduction, Staged
 from merging.plan.intermediate import Intermediates, is_double, part_of, problem_geometry
 from merging.plan.plan import Problem, Source
+from merging.plan.variants import AppliedVariant
+from merging.recipe.parse import recipe_error
+
+_Each = Sequence[tuple[Source, ...]]
+"""Something of every variant."""
+
+
+class _Wanted(NamedTuple):
+    """What a variant's parameters ask for.
+
+    Attributes:
+        staged: The passes of its method, if it has some that give its result.
+        key: Tensors of the same key are reduced together; None if it needs no passes.
+    """
+
+    staged: Staged | None
+    key: Any
 
 
 class Staging:
@@ -28,81 +52,102 @@ class Staging:
 
     def __init__(self, stages: Intermediates) -> None:
         self._stages = stages
+        self._known: dict[int, list[_Wanted]] = {}
+        self._numbers = range(stages.settings.num_variants)
 
     def stage(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The problems of the output, where need be as the last pass of several."""
+        """The problems of the output, where need be as the last pass of several.
+
+        Raises:
+            RecipeError: ``incompatible_options``: variants take different passes.
+        """
         finals = list(problems)
-        groups = self._groups(problems)
-        places = sorted(place for group in groups for place in group)
+        places = [place for place, problem in enumerate(problems) if self._is_staged(problem)]
         if not places:
             return finals
-        method = self._stages.method(problems[places[0]])
-        assert method is not None, "a recipe has one method with passes"
-        assert method.staged is not None
-        found: dict[int, Source] = {}
-        given: dict[int, tuple[Source, ...]] = dict.fromkeys(places, ())
-        for reduction in method.staged.reductions:
-            maps = [self._map(reduction, problems[place], given[place]) for place in places]
-            found = dict(zip(places, self._stages.write(maps, reduction.name), strict=True))
+        passes = [wanted.staged for wanted in self._wanted(problems[places[0]])]
+        groups = [
+            (number, group)
+            for number in self._numbers
+            for group in self._groups(problems, places, number)
+        ]
+        found: dict[int, tuple[Source, ...]] = {}
+        given: dict[int, list[tuple[Source, ...]]] = {p: [()] * len(passes) for p in places}
+        for reductions in zip(*(staged.reductions for staged in passes if staged), strict=True):
+            name = reductions[0].name
+            maps = [self._map(reductions[0], problems[place], given[place]) for place in places]
+            found = dict(zip(places, self._stages.write_each(maps, name), strict=True))
             combinations = [
                 self._combination(
-                    reduction,
-                    f"{reduction.name}-{number}",
-                    [problems[place] for place in group],
-                    [found[place] for place in group],
-                    given[group[0]],
+                    reductions[variant],
+                    f"{name}-{number}",
+                    [self._stages.of_variant(problems[place], variant) for place in group],
+                    [found[place][variant] for place in group],
+                    given[group[0]][variant],
                 )
-                for number, group in enumerate(groups)
+                for number, (variant, group) in enumerate(groups)
             ]
-            results = self._stages.write(combinations, reduction.name + COMBINED)
-            for group, result in zip(groups, results, strict=True):
+            results = self._stages.write(combinations, name + COMBINED)
+            for (variant, group), result in zip(groups, results, strict=True):
                 for place in group:
-                    given[place] += (result,)
+                    given[place][variant] += (result,)
         for place in places:
-            finals[place] = self._finish(method.staged, problems[place], found[place], given[place])
+            [staged, *_] = passes
+            assert staged is not None
+            finals[place] = self._finish(staged, problems[place], found[place], given[place])
         return finals
 
-    def _groups(self, problems: Sequence[Problem]) -> list[list[int]]:
-        """Places of the problems that take several passes: those reduced together, together."""
-        keys: dict[int, Any] = {}
-        groups: dict[str, list[int]] = {}
-        for place, problem in enumerate(problems):
-            method = self._stages.method(problem)
-            if method is None or method.staged is None:
-                continue
-            if problem.setting not in keys:
-                keys[problem.setting] = self._key(method, method.staged, problem)
-            key = keys[problem.setting]
-            if key is not None:
-                groups.setdefault(repr(key), []).append(place)
-            elif self._is_too_large(method.staged, problem):
-                groups[f"alone {place}"] = [place]
-        return list(groups.values())
+    def _is_staged(self, problem: Problem) -> bool:
+        """Whether a tensor takes several passes: a variant needs them, or it is too large else."""
+        wanted = self._wanted(problem)
+        needing = next((n for n, one in enumerate(wanted) if one.key is not None), None)
+        first = wanted[needing or 0].staged
+        others = [n for n, one in enumerate(wanted) if not _is_same(one.staged, first, problem)]
+        if needing is None:
+            is_held = self._stages.budgets.hold(problem) or is_double(problem)
+            return not (others or is_held)
+        if others:
+            raise recipe_error([self._refusal(number, needing) for number in others])
+        return True
 
-    def _is_too_large(self, staged: Staged, problem: Problem) -> bool:
-        """Whether a tensor by itself has to take several passes, and may."""
-        is_held = self._stages.budgets.hold(problem) or is_double(problem)
-        return not is_held and staged.takes_alone(self._stages.parameters(problem))
-
-    def _key(self, method: MergeMethod, staged: Staged, problem: Problem) -> Any:
-        experts = self._stages.expert_parameters(problem)
-        return staged.group(
-            self._stages.parameters(problem),
-            [method.expert_parameters.model_validate(expert) for expert in experts],
+    def _refusal(self, number: int, needing: int) -> Fault:
+        settings = self._stages.settings
+        return settings.fault(
+            number,
+            f"{settings.name(needing)} takes several passes over the model, which variants share,"
+            f" and {settings.name(number)} does not take the same. Submit them as two merges.",
         )
 
-    def _map(self, reduction: Reduction, problem: Problem, given: tuple[Source, ...]) -> Problem:
+    def _wanted(self, problem: Problem) -> list[_Wanted]:
+        """What each variant's parameters ask for."""
+        if problem.setting not in self._known:
+            variants = self._stages.settings.variants(problem.setting)
+            self._known[problem.setting] = [_wanted(variant) for variant in variants]
+        return self._known[problem.setting]
+
+    def _groups(
+        self, problems: Sequence[Problem], places: Sequence[int], number: int
+    ) -> list[list[int]]:
+        """Places of the problems that a variant reduces together, together."""
+        groups: dict[str, list[int]] = {}
+        for place in places:
+            key = self._wanted(problems[place])[number].key
+            name = f"alone {place}" if key is None else repr(key)
+            groups.setdefault(name, []).append(place)
+        return list(groups.values())
+
+    def _map(self, reduction: Reduction, problem: Problem, given: _Each) -> Problem:
         """What is found of one tensor."""
         floats = "F64" if is_double(problem) else "F32"
         return self._stages.of_step(
             msgspec.structs.replace(
-                problem,
+                with_given(problem, given),
                 shape=(reduction.entries(problem_geometry(problem)),),
                 source_shape=problem.shape,
                 dtype=reduction.dtype or floats,
-                given=given,
             ),
             reduction.name,
+            reduction.ignores,
         )
 
     def _combination(
@@ -132,12 +177,54 @@ class Staging:
         return self._stages.of_step(combined, reduction.name + COMBINED)
 
     def _finish(
-        self, staged: Staged, problem: Problem, found: Source, given: tuple[Source, ...]
+        self, staged: Staged, problem: Problem, found: Sequence[Source], given: _Each
     ) -> Problem:
         """The merge of one tensor."""
         if staged.keeps_map:
             entries = problem.num_entries
-            experts = (part_of(found, slice(entries)),)
-            given = (*given, part_of(found, slice(entries, None)))
-            problem = msgspec.structs.replace(problem, experts=experts, parts=())
-        return self._stages.of_step(msgspec.structs.replace(problem, given=given), FINISH)
+            own = tuple(part_of(source, slice(entries)) for source in dict.fromkeys(found))
+            problem = msgspec.structs.replace(
+                problem, experts=own, parts=(), has_own_experts=len(own) > 1
+            )
+            rest = [part_of(source, slice(entries, None)) for source in found]
+            given = [(*one, other) for one, other in zip(given, rest, strict=True)]
+        return self._stages.of_step(with_given(problem, given), FINISH)
+
+
+def with_given(problem: Problem, given: _Each) -> Problem:
+    """The problem with what each variant is given."""
+    if len(set(given)) == 1:
+        return msgspec.structs.replace(problem, given=given[0])
+    flat = tuple(itertools.chain(*given))
+    return msgspec.structs.replace(problem, given=flat, num_given_apart=len(given))
+
+
+def _wanted(variant: AppliedVariant) -> _Wanted:
+    method = variant.method
+    if method is None or method.staged is None:
+        return _Wanted(None, None)
+    experts = variant.setting.expert_parameters
+    key = method.staged.group(
+        variant.parameters,
+        [method.expert_parameters.model_validate(expert) for expert in experts],
+    )
+    is_same = key is not None or method.staged.takes_alone(variant.parameters)
+    return _Wanted(method.staged if is_same else None, key)
+
+
+def _is_same(one: Staged | None, other: Staged | None, problem: Problem) -> bool:
+    """Whether passes read the same, and leave results of the same form."""
+    if one is None or other is None:
+        return False
+    return one is other or _form(one, problem) == _form(other, problem)
+
+
+def _form(staged: Staged, problem: Problem) -> list[Any]:
+    geometry = problem_geometry(problem)
+    return [
+        staged.keeps_map,
+        *(
+            (r.name, r.entries(geometry), r.dtype, r.map.separable, r.map.flat)
+            for r in staged.reductions
+        ),
+    ]

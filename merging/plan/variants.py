@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,6 +16,9 @@ from merging.plan.settings import SettingTable
 from merging.plan.wording import SHOWN, shorten_list
 from merging.recipe import Recipe
 from merging.recipe.parse import recipe_error
+
+_Parts = tuple[tuple[int, int], ...]
+"""Variants, and the numbers of settings in their own tables."""
 
 
 class PlannedVariant(NamedTuple):
@@ -50,6 +53,22 @@ def describe_variants(recipe: Recipe) -> tuple[Variant, ...]:
         Variant(v.name, v.recipe.normalised(), v.recipe.digest, v.recipe.merge_method)
         for v in (recipe.sweep.variants if recipe.sweep else ())
     )
+
+
+class AppliedVariant(NamedTuple):
+    """What a variant does with a problem.
+
+    Attributes:
+        number: Of the variant.
+        setting: As of a merge by itself.
+        method: None is a copy.
+        parameters: Those of the recipe.
+    """
+
+    number: int
+    setting: Setting
+    method: MergeMethod | None
+    parameters: Any
 
 
 class Layout(NamedTuple):
@@ -116,8 +135,13 @@ class VariantSettings:
         self.settings: list[Setting] = []
         self._variants = variants
         self._tables = [SettingTable(v.recipe, v.method, entries) for v in variants]
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._parts: list[tuple[int, ...]] = []
+        self._numbers: dict[_Parts, int] = {}
+        self._parts: list[_Parts] = []
+
+    @property
+    def num_variants(self) -> int:
+        """How many there are; 1 if it is no sweep."""
+        return len(self._variants)
 
     @property
     def filters(self) -> list[str]:
@@ -125,41 +149,64 @@ class VariantSettings:
         return [name for table in self._tables for name in table.filters]
 
     def parameters(self, setting: int) -> Parameters | None:
-        """The validated parameters of a setting, in the first variant; None of a copy."""
-        return self._tables[0].parameters(self._parts[setting][0])
+        """The validated parameters of a setting, in its first variant; None of a copy."""
+        variant, number = self._parts[setting][0]
+        return self._tables[variant].parameters(number)
 
     def methods(self, setting: int) -> list[tuple[MergeMethod | None, Any]]:
         """Methods (None is a copy) with parameters, each different one once."""
-        seen: list[Setting] = []
-        found: list[tuple[MergeMethod | None, Any]] = []
-        for table, number in zip(self._tables, self._parts[setting], strict=True):
+        different: list[AppliedVariant] = []
+        for variant in self.variants(setting):
+            if all(variant.setting != other.setting for other in different):
+                different.append(variant)
+        return [(variant.method, variant.parameters) for variant in different]
+
+    def variants(self, setting: int) -> list[AppliedVariant]:
+        """What each variant does."""
+        found = []
+        for variant, number in self._parts[setting]:
+            table = self._tables[variant]
             own = table.settings[number]
-            if own not in seen:
-                seen.append(own)
-                method = None if own.method == COPY else get_method(own.method)
-                found.append((method, table.parameters(number)))
+            method = None if own.method == COPY else get_method(own.method)
+            found.append(AppliedVariant(variant, own, method, table.parameters(number)))
         return found
+
+    def only(self, setting: int, variant: int) -> int:
+        """The setting of what one variant does by itself."""
+        return self._join([part for part in self._parts[setting] if part[0] == variant])
+
+    def fault(self, variant: int, detail: str) -> Fault:
+        """Of options that do not go together, told of a variant."""
+        return Fault(self._variants[variant].pointer, "incompatible_options", detail)
+
+    def name(self, variant: int) -> str:
+        """A variant as messages name it, with its method."""
+        found = self._variants[variant]
+        return f"{found.name!r} ({found.method.name})"
 
     def copy(self) -> int:
         """The setting of tensors that are taken over."""
-        return self._join([table.copy() for table in self._tables])
+        return self._join(enumerate(table.copy() for table in self._tables))
 
     def mean(self, section: int) -> int:
         """The setting of tensors that become the mean of a section's experts."""
-        return self._join([table.mean(section) for table in self._tables])
+        return self._join(enumerate(table.mean(section) for table in self._tables))
 
     def merge(
         self, tensor_name: str, position: float, section: int, source_names: Sequence[str]
     ) -> int:
         """The setting of a tensor that is merged; see :meth:`SettingTable.merge`."""
         return self._join(
-            [t.merge(tensor_name, position, section, source_names) for t in self._tables]
+            enumerate(t.merge(tensor_name, position, section, source_names) for t in self._tables)
         )
 
-    def step(self, setting: int, name: str) -> int:
-        """The setting of a step of a method that takes several passes."""
+    def step(self, setting: int, name: str, without: Container[str] = ()) -> int:
+        """The setting of a step of a method that takes several passes; see
+        :meth:`SettingTable.step`.
+        """
         return self._join(
-            [t.step(n, name) for t, n in zip(self._tables, self._parts[setting], strict=True)]
+            (variant, self._tables[variant].step(number, name, without))
+            for variant, number in self._parts[setting]
         )
 
     def add(self, setting: Setting) -> int:
@@ -168,36 +215,45 @@ class VariantSettings:
         self._parts.append(())
         return len(self.settings) - 1
 
-    def refuse_passes(self) -> None:
-        """Refuse methods that look at other tensors first.
+    def refuse_passes(self, *, has_sections: bool) -> None:
+        """Refuse methods that look at more than variants, or sections, can share.
 
-        The variants of a sweep share one pass, and slices have experts of their own. Methods that
-        look at samples share what is measured if all look at the same.
+        The variants of a sweep share what is measured on samples, and every pass over the inputs;
+        slices and modules have experts of their own.
+
+        Args:
+            has_sections: The recipe has several slices or modules.
 
         Raises:
             RecipeError: ``incompatible_options``, with a fault for each such variant.
         """
         faults = []
         first = self._variants[0]
-        for variant, table in zip(self._variants, self._tables, strict=True):
-            if variant.method.calibrated.keys() != first.method.calibrated.keys():
+        for number, (variant, table) in enumerate(zip(self._variants, self._tables, strict=True)):
+            method = variant.method
+            if method.calibrated.keys() != first.method.calibrated.keys():
                 detail = (
-                    f"{variant.method.name} and {first.method.name} do not look at the same of what"
+                    f"{method.name} and {first.method.name} do not look at the same of what"
                     " goes through the experts, which variants share. Submit them as two merges."
                 )
-                faults.append(Fault(variant.pointer, "incompatible_options", detail))
-                continue
-            is_refused = takes_passes if variant.name else _is_of_the_whole
-            if any(map(is_refused, table.settings, map(table.parameters, itertools.count()))):
+                faults.append(self.fault(number, detail))
+            elif variant.name and (method.sequential or method.task_masks):
+                what = (
+                    "runs the merged model, block after block"
+                    if method.sequential
+                    else "publishes masks beside its one checkpoint"
+                )
+                detail = f"{self.name(number)} {what}, which variants cannot share. Submit it as a"
+                faults.append(self.fault(number, f"{detail} merge by itself."))
+            elif has_sections and any(
+                map(_is_of_the_whole, table.settings, map(table.parameters, itertools.count()))
+            ):
                 detail = (
-                    f"The variant {variant.name!r} ({variant.method.name}) takes several passes"
-                    " over the model, which variants cannot share. Submit it as a merge by itself."
-                    if variant.name
-                    else f"{variant.method.name} with these parameters looks at all tensors of each"
+                    f"{method.name} with these parameters looks at all tensors of each"
                     " expert together, and slices and modules have experts of their own. Use"
                     " another scope."
                 )
-                faults.append(Fault(variant.pointer, "incompatible_options", detail))
+                faults.append(self.fault(number, detail))
         if faults:
             raise recipe_error(faults)
 
@@ -211,11 +267,11 @@ class VariantSettings:
         if faults:
             raise recipe_error(faults[:SHOWN])
 
-    def _join(self, numbers: Sequence[int]) -> int:
-        """The setting in which each variant has one of its own table."""
+    def _join(self, numbers: Iterable[tuple[int, int]]) -> int:
+        """The setting in which variants have one of their own tables each."""
         parts = tuple(numbers)
         if parts not in self._numbers:
-            first, *others = (t.settings[n] for t, n in zip(self._tables, parts, strict=True))
+            first, *others = (self._tables[variant].settings[n] for variant, n in parts)
             differ = any(other != first for other in others)
             self._numbers[parts] = len(self.settings)
             self._parts.append(parts)

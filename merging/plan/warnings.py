@@ -10,8 +10,9 @@ from merging.method import MergeMethod
 from merging.options import MergeOptions
 from merging.plan.cost import takes_matrices
 from merging.plan.inputs import Expert, Inputs
+from merging.plan.outputs import Input
 from merging.plan.packing import data_bytes
-from merging.plan.plan import Input, Problem, Setting
+from merging.plan.plan import Problem, Setting
 from merging.plan.tensors import is_head, is_tied
 from merging.plan.wording import shorten_list
 from merging.recipe import Recipe

@@ -34,7 +34,7 @@ class ShardBoard:
         self._needed = shards_needed(plan)
         self._left = shards_left(plan, receipts)
         self._ready_at = dict.fromkeys(self._left, float("-inf"))
-        self._versions: dict[int, dict[int, str]] = {}
+        self._versions: dict[int, dict[int, tuple[str, ...]]] = {}
         self._counts: dict[int, ShardProgress] = {}
         self._changed: set[int] = set()
 
@@ -53,10 +53,10 @@ class ShardBoard:
         del self._ready_at[index]
         self._attempts[index] += 1
         self.in_flight[index] = self._attempts[index]
-        self._versions[index] = {i: self.receipts[i].version for i in self._needed[index]}
+        self._versions[index] = {i: self.receipts[i].versions for i in self._needed[index]}
         return self._attempts[index]
 
-    def versions(self, index: int) -> dict[int, str]:
+    def versions(self, index: int) -> dict[int, tuple[str, ...]]:
         """Versions of the files that a shard in flight needs of other shards."""
         return self._versions[index]
 
@@ -93,7 +93,7 @@ class ShardBoard:
     def is_current_file(self, index: int, *, reader: int) -> bool:
         """Whether a shard in flight was handed out with the newest file of another one."""
         receipt = self.receipts.get(index)
-        return receipt is not None and receipt.version == self._versions[reader].get(index)
+        return receipt is not None and receipt.versions == self._versions[reader].get(index)
 
     def lose(self, index: int) -> None:
         """The file of a finished shard is gone, and is made again."""

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from merging.errors import MergeError, error_from_dict
-from merging.plan.plan import Plan, file_uri
+from merging.plan.plan import Plan, file_uris
 from merging.receipts import Receipt
 from service.jobs.records import EventType
 from service.jobs.states import ShardState
@@ -62,8 +62,11 @@ class ShardDesk:
         self._plan_digest = plan.digest
         makers = {file.shard for file in plan.files if file.shard is not None}
         self._makers = {
-            file_uri(plan.output_uri, self._plan_digest, plan.shards[index]): index
+            uri: index
             for index in makers
+            for uri in file_uris(
+                plan.output_uri, self._plan_digest, plan.shards[index], plan.variant_names
+            )
         }
         self._lease = lease
         self._context = context

@@ -76,7 +76,7 @@ def test_an_made_file_is_whole_or_not_there(
     prepare_output(plan, storage)
     receipts: list[Receipt] = []
     for shard in plan.shards:
-        versions = {index: receipts[index].version for index in needed[shard.index]}
+        versions = {index: receipts[index].versions for index in needed[shard.index]}
         work = plan.work(shard.index, digest, versions)
         if shard.index == steps.index(step):
             pool.submit(ShardTask("staged", 1, work, device="cpu"))

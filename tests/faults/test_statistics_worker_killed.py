@@ -63,7 +63,7 @@ def test_a_block_that_was_lost_is_run_again_and_two_workers_make_the_bytes_of_on
         ][:2]
         works = {
             shard.index: plan.work(
-                shard.index, digest, {i: receipts[i].version for i in needed[shard.index]}
+                shard.index, digest, {i: receipts[i].versions for i in needed[shard.index]}
             )
             for shard in ready
         }

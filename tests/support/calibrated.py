@@ -163,7 +163,7 @@ def run_shards(
     """Run some shards; receipts of those before are taken from and added to ``receipts``."""
     needed, digest = shards_needed(plan), plan.digest
     for shard in shards:
-        versions = {index: receipts[index].version for index in needed[shard.index]}
+        versions = {index: receipts[index].versions for index in needed[shard.index]}
         receipts[shard.index] = run_shard(plan.work(shard.index, digest, versions), storage)
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from merging.plan.outputs import Input, Totals
 from merging.plan.plan import (
     PLAN_FORMAT,
-    Input,
     Plan,
     Problem,
     Setting,
     Shard,
     Source,
     SourceFile,
-    Totals,
 )
 from merging.receipts import Receipt
 from service.jobs.records import Claim, JobCursor, JobFilter, JobRecord, NewJob

@@ -14,7 +14,7 @@ import pytest
 from merging.collect import collect
 from merging.execute.shard import run_shard
 from merging.options import MergeOptions
-from merging.plan.plan import Plan
+from merging.plan.plan import Plan, workspace_uri
 from merging.plan.planner import make_plan
 from merging.publish import INDEX_NAME, prepare_output, publish
 from merging.receipts import read_receipt
@@ -123,6 +123,23 @@ def test_all_variants_of_an_unfinished_sweep_go(tmp_path: Path) -> None:
     assert place.names() == {
         f"c/{INDEX_NAME}", *(f"c/{shard.file_name}" for shard in plan.shards[:2])
     }  # fmt: skip
+
+
+def test_intermediate_files_of_all_variants_go(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "models", num_experts=2)
+    document = {
+        **recipe(family, "opcm"),
+        "sweep": [{"name": name, "parameters": {"alpha": n / 4}} for n, name in enumerate("abc")],
+    }
+    output, storage = tmp_path / "sweep", open_storage()
+    plan = make_plan(parse_recipe(document), storage, MergeOptions(), str(output))
+    place = Place(plan, storage, break_off_locally, lambda: len(list(output.rglob(".*.tmp"))))
+    place.merge(1)
+    assert plan.shards[0].num_files == 3
+    place.break_off(f"{workspace_uri(place.output, plan.digest)}/b/{plan.shards[0].file_name}")
+    assert place.unfinished() == 1
+    place.collect()
+    assert (place.names(), place.unfinished()) == (set(), 0)
 
 
 def test_what_others_wrote_stays(place: Place) -> None:

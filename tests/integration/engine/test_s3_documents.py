@@ -61,7 +61,7 @@ def test_the_server_sends_exactly_the_planned_bytes(
     receipts: list[Receipt] = []
     for shard in plan.shards:
         before = s3_env.bytes_sent(bucket)
-        versions = {index: receipts[index].version for index in needed[shard.index]}
+        versions = {index: receipts[index].versions for index in needed[shard.index]}
         receipts.append(run_shard(plan.work(shard.index, plan.digest, versions), storage))
         assert s3_env.bytes_sent(bucket) - before == shard.bytes_read
     publish(plan, receipts, storage)

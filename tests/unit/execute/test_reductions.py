@@ -132,7 +132,7 @@ def test_bytes_do_not_depend_on_budget_order_or_cuts(
 
 def run_backwards(plan: Plan, storage: Storage) -> None:
     """Always the last shard that can be worked on; what each one needs still comes first."""
-    versions: dict[int, str] = {}
+    versions: dict[int, tuple[str, ...]] = {}
     needed = shards_needed(plan)
     while len(versions) < len(plan.shards):
         index = max(
@@ -141,7 +141,7 @@ def run_backwards(plan: Plan, storage: Storage) -> None:
             if shard.index not in versions and needed[shard.index] <= versions.keys()
         )
         work = plan.work(index, plan.digest, {i: versions[i] for i in needed[index]})
-        versions[index] = run_shard(work, storage).version
+        versions[index] = run_shard(work, storage).versions
 
 
 def test_a_tensor_that_fits_is_trimmed_in_one_pass(
@@ -160,7 +160,7 @@ def test_a_tensor_that_fits_is_trimmed_in_one_pass(
     receipts = []
     needed = shards_needed(plan)
     for shard in plan.shards:
-        versions = {i: receipts[i].version for i in needed[shard.index]}
+        versions = {i: receipts[i].versions for i in needed[shard.index]}
         receipts.append(run_shard(plan.work(shard.index, plan.digest, versions), storage))
     assert max(receipt.peak_buffer_bytes for receipt in receipts) <= plan.memory_budget
 

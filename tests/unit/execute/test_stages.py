@@ -85,7 +85,7 @@ def test_an_made_file_is_pinned_to_the_version_that_was_written(
     plan = staged(family, storage, tmp_path / "out")
     first = outputs_first(plan)
     receipts = [run_shard(plan.work(i, plan.digest), storage) for i in range(first)]
-    work = plan.work(first, plan.digest, {r.shard_index: r.version for r in receipts})
+    work = plan.work(first, plan.digest, {r.shard_index: r.versions for r in receipts})
     changed = file_uri(plan.output_uri, plan.digest, plan.shards[0])
     data = storage.read_bytes(changed, limit=1 << 30)
     storage.write_bytes(changed, data)
@@ -147,7 +147,7 @@ def test_figures_of_intermediate_work_are_told_with_the_tensor(
     name = plan.outputs[0].problems[0].tensor_name
     receipts = []
     for shard in plan.shards:
-        versions = {receipt.shard_index: receipt.version for receipt in receipts}
+        versions = {receipt.shard_index: receipt.versions for receipt in receipts}
         receipt = run_shard(plan.work(shard.index, plan.digest, versions), storage)
         kind = {"loss_before": 2.0} if not shard.is_output else {"loss_after": 1.0}
         problems = tuple(

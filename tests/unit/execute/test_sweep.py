@@ -324,16 +324,6 @@ def test_variants_must_have_one_layout(
     assert [fault.pointer for fault in caught.value.faults] == pointers.split()
 
 
-def test_methods_that_look_at_the_whole_model_first_are_refused(
-    family: Family, tmp_path: Path
-) -> None:
-    parameters = {"scope": "global", "density": 0.2}
-    variants = [{"name": "tensor"}, {"name": "whole", "parameters": parameters}]
-    with pytest.raises(RecipeError, match="'whole' \\(ties\\) takes several passes") as caught:
-        sweep_plan(family, tmp_path / "sweep", "ties", variants)
-    assert [fault.pointer for fault in caught.value.faults] == ["/sweep/1"]
-
-
 def test_other_methods_may_share_a_layout_that_the_recipe_names(
     family: Family, tmp_path: Path
 ) -> None:

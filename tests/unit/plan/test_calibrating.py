@@ -118,15 +118,6 @@ def test_modules_are_calibrated_like_a_whole_model(family: Family, tmp_path: Pat
     assert any(shard.kind == "intermediate" for shard in shards[0])
 
 
-def test_variants_of_a_sweep_are_not_calibrated(family: Family, tmp_path: Path) -> None:
-    document = recipe(family, "task_arithmetic") | {
-        "sweep": [{"name": "a", "parameters": {"svc": 0.1}}, {"name": "b"}]
-    }
-    with pytest.raises(RecipeError, match="several passes") as caught:
-        make_plan(parse_recipe(document), open_storage(), MergeOptions(), str(tmp_path / "out"))
-    assert [fault.pointer for fault in caught.value.faults] == ["/sweep/0"]
-
-
 def test_bytes_do_not_depend_on_how_work_is_cut(family: Family, tmp_path: Path) -> None:
     for number, options in enumerate(({}, {"memory_budget": "2MiB"})):
         merged(family, tmp_path / str(number), "iso_c", options, svc=0.1)
