@@ -19,9 +19,10 @@ from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
 from merging.execute.shard_run import ShardRun
 from merging.execute.solve import check_finite
-from merging.plan.alignment import AlignmentWork, join_ranges
+from merging.plan.alignment import AlignmentWork
 from merging.plan.packing import shard_header
 from merging.plan.plan import ALIGN, Problem
+from merging.plan.row_ranges import join_ranges
 from merging.plan.vocabulary import Run
 from merging.receipts import ProblemFigures, Receipt, write_receipt
 

@@ -8,23 +8,27 @@ in that order already is read where it lies.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
+from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import ITEM_SIZE
 from merging.errors import Fault, RecipeError
 from merging.method import MergeMethod
 from merging.plan.cost import ROW_MULTIPLE, Budgets
-from merging.plan.inputs import Inputs
+from merging.plan.expanding import adapted_tensor
+from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
 from merging.plan.plan import ALIGN, Problem, Setting, Source
 from merging.plan.problems import ProblemBuilder, promote
+from merging.plan.row_ranges import ranges_of
 from merging.plan.vocabulary import RowTable, Run, Vocabulary
 from merging.plan.wording import shorten_list
 from merging.sampled import FISHER
@@ -91,8 +95,8 @@ def align(
 
     Raises:
         RecipeError: ``incompatible_options``: a token that is to be taken from a model that lacks
-            it, an adapter that changes rows that have to be moved, or a method that runs merged
-            embeddings on an expert's tokens, or measures each of its rows.
+            it, or a method that runs merged embeddings on an expert's tokens, or measures each of
+            its rows.
     """
     _check_method(inputs.method)
     alignment = _Alignment(vocabulary, builder, stages, warnings)
@@ -111,6 +115,22 @@ def _check_method(method: MergeMethod) -> None:
         raise RecipeError(detail, code="incompatible_options", faults=[fault])
 
 
+_Place = tuple[CheckpointIndex | AdapterIndex | None, TensorEntry]
+"""A tensor, and whose files it lies in; None is the plan's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model with rows: a checkpoint, or an expert whose adapter changes them."""
+
+    index: CheckpointIndex
+    adapted: Expert | None = None
+
+    @property
+    def address(self) -> str:
+        return self.adapted.address if self.adapted else self.index.uri
+
+
 class _Alignment:
     """One call of :func:`align`."""
 
@@ -127,21 +147,25 @@ class _Alignment:
         self._warnings = warnings
         self._found: dict[tuple[str, str], Source] = {}
         self._moved: dict[str, list[Problem]] = {}
-        self._tables: dict[tuple[tuple[str, ...], tuple[int, ...]], RowTable] = {}
+        self._tables: dict[tuple[Any, ...], RowTable] = {}
+        self._expanded: dict[tuple[str, str], _Place] = {}
         self._settings: dict[str, int] = {}
 
     def add(self, section: Inputs) -> None:
         """Put the tensors of a section's models in order."""
-        indexes = {expert.index.uri: expert.index for expert in section.experts}
-        if section.base is not None:
-            indexes.setdefault(section.base.uri, section.base)
-        names = {uri: self._vocabulary.tensors_of(index) for uri, index in indexes.items()}
-        for name in dict.fromkeys(name for own in names.values() for name in own):
-            having = [index for uri, index in indexes.items() if name in names[uri]]
-            table = self._table(section, having, name)
-            for place in range(len(having)):
-                self._add_tensor(name, place, having, table)
-            self._check_adapters(section, name)
+        experts = [(expert.index, expert) for expert in section.experts]
+        bases = [(section.base, None)] if section.base else []
+        names = (n for index, _ in (*experts, *bases) for n in self._vocabulary.tensors_of(index))
+        for name in dict.fromkeys(names):
+            found: dict[str, _Model] = {}
+            for index, expert in (*experts, *bases):
+                if name in self._vocabulary.tensors_of(index):
+                    model = _Model(index, expert if expert and name in expert.adapted else None)
+                    found.setdefault(model.address, model)
+            models = list(found.values())
+            table = self._table(section, models, name)
+            for place in range(len(models)):
+                self._add_tensor(name, place, models, table)
 
     def finish(self) -> dict[tuple[str, str], Source]:
         """Add the stages; where everything is read."""
@@ -151,29 +175,34 @@ class _Alignment:
                 self._found[uri, problem.tensor_name] = source
         return self._found
 
-    def _table(self, section: Inputs, indexes: Sequence[CheckpointIndex], name: str) -> RowTable:
-        models = tuple(index.uri for index in indexes)
-        heights = tuple(index.tensors[name].shape[0] for index in indexes)
-        key = (models, heights)
+    def _table(self, section: Inputs, models: Sequence[_Model], name: str) -> RowTable:
+        addresses = tuple(model.address for model in models)
+        heights = tuple(model.index.tensors[name].shape[0] for model in models)
+        base = section.base.uri if section.base is not None else None
+        key = (addresses, heights, base)
         if key not in self._tables:
-            base = section.base.uri if section.base is not None else None
-            self._tables[key] = RowTable(self._vocabulary, models, base, heights)
+            uris = [model.index.uri for model in models]
+            self._tables[key] = RowTable(self._vocabulary, addresses, uris, base, heights)
             if missing := self._tables[key].missing():
                 self._warnings.append(
-                    f"{len(missing)} tokens of the output are in none of {shorten_list(models)};"
+                    f"{len(missing)} tokens of the output are in none of {shorten_list(addresses)};"
                     f" their embeddings are zeros: {shorten_list([*map(repr, missing)])}."
                 )
         return self._tables[key]
 
-    def _add_tensor(
-        self, name: str, place: int, indexes: Sequence[CheckpointIndex], table: RowTable
-    ) -> None:
-        index = indexes[place]
-        key = (index.uri, index.tensors[name].name)
+    def _add_tensor(self, name: str, place: int, models: Sequence[_Model], table: RowTable) -> None:
+        model = models[place]
+        stored = model.index.tensors[name]
+        key = (model.address, stored.name)
         runs = table.runs(place)
         padding = self._vocabulary.num_rows - self._vocabulary.num_tokens
-        sources, moved = _ranges(runs, [i.tensors[name] for i in indexes])
-        found = [self._builder.source(indexes[model], entry, "") for model, entry in sources]
+        is_whole = runs == [Run(stored.shape[0], ((place, 0),))] and not padding
+        if is_whole and model.adapted is not None:
+            return  # the factors are those of these rows
+        used = sorted({number for run in runs for number, _ in run.parts})
+        entries = {number: self._entry(models[number], name) for number in used}
+        sources, moved = ranges_of(runs, {n: entry for n, (_, entry) in entries.items()})
+        found = [self._source(entries[number][0], entry) for number, entry in sources]
         if len(runs) == 1 and len(runs[0].parts) == 1 and not padding:
             self._found[key] = found[0]
             return
@@ -182,16 +211,31 @@ class _Alignment:
         dtypes = [entry.dtype for _, entry in sources] + ["F32"] * is_mean
         problem = Problem(
             tensor_name=key[1],
-            shape=(self._vocabulary.num_rows, *index.tensors[name].shape[1:]),
+            shape=(self._vocabulary.num_rows, *stored.shape[1:]),
             dtype=promote(dtypes),
             setting=self._setting(work),
             base=None,
             experts=tuple(found),
             role="embedding",
         )
-        self._moved.setdefault(index.uri, []).append(
-            _with_cost(problem, work, self._stages.budgets)
-        )
+        self._moved.setdefault(key[0], []).append(_with_cost(problem, work, self._stages.budgets))
+
+    def _entry(self, model: _Model, name: str) -> _Place:
+        """Where a model's tensor with its rows in the old order lies."""
+        if model.adapted is None:
+            return model.index, model.index.tensors[name]
+        key = (model.address, name)
+        if key not in self._expanded:
+            stage = f"adapted-{len(self._expanded) + 1:02d}"
+            self._expanded[key] = adapted_tensor(
+                model.adapted, name, self._builder, self._stages, stage
+            )
+        return self._expanded[key]
+
+    def _source(self, index: CheckpointIndex | AdapterIndex | None, entry: TensorEntry) -> Source:
+        if index is not None:
+            return self._builder.source(index, entry, "")
+        return Source(entry.file, entry.start, entry.end, entry.dtype, entry.name)
 
     def _setting(self, work: AlignmentWork) -> int:
         """The setting of this work; head and embedding share one."""
@@ -201,77 +245,6 @@ class _Alignment:
             setting = Setting(ALIGN, msgspec.json.decode(data))
             self._settings[key] = self._builder.settings.add(setting)
         return self._settings[key]
-
-    def _check_adapters(self, section: Inputs, name: str) -> None:
-        """Refuse adapters of rows that are moved: their factors would have to be moved too."""
-        for expert in section.experts:
-            entry = expert.index.tensors.get(name)
-            if entry is None or name not in expert.adapted:
-                continue
-            source = self._found.get((expert.index.uri, entry.name))
-            if source is None or (source.start, source.end) != (entry.start, entry.end):
-                detail = (
-                    f"The adapter of {expert.pointer} changes {entry.name}, whose rows have another"
-                    " order in the merged vocabulary. Merge it into its model first"
-                    " (merge_and_unload of peft), and name the result."
-                )
-                fault = Fault(expert.pointer, "adapter_unsupported", detail)
-                raise RecipeError(detail, code="incompatible_options", faults=[fault])
-
-
-def _ranges(
-    runs: Sequence[Run], entries: Sequence[TensorEntry]
-) -> tuple[list[tuple[int, TensorEntry]], list[Run]]:
-    """The ranges of rows that are needed, as tensors, and the runs with parts in these.
-
-    Args:
-        runs: Parts are numbers of models and rows.
-        entries: The models' tensors.
-
-    Returns:
-        Models with the ranges, each row in one of them; and the runs.
-    """
-    bounds: dict[int, list[tuple[int, int]]] = {}
-    for run in runs:
-        for model, first in run.parts:
-            bounds.setdefault(model, []).append((first, first + run.count))
-    ranges: list[tuple[int, TensorEntry]] = []
-    starts: dict[int, list[int]] = {}
-    numbers: dict[int, int] = {}
-    for model, pairs in bounds.items():
-        joined = join_ranges(pairs)
-        numbers[model] = len(ranges)
-        starts[model] = [start for start, _ in joined]
-        ranges += [(model, _rows_of(entries[model], start, end)) for start, end in joined]
-
-    def move(model: int, row: int) -> tuple[int, int]:
-        place = bisect.bisect_right(starts[model], row) - 1
-        return numbers[model] + place, row - starts[model][place]
-
-    moved = [Run(run.count, tuple(move(*part) for part in run.parts)) for run in runs]
-    return ranges, moved
-
-
-def join_ranges(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Intervals that overlap or touch, as one."""
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(pairs):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def _rows_of(entry: TensorEntry, start: int, end: int) -> TensorEntry:
-    """Some rows of a tensor."""
-    row_bytes = (entry.end - entry.start) // max(entry.shape[0], 1)
-    return dataclasses.replace(
-        entry,
-        shape=(end - start, *entry.shape[1:]),
-        start=entry.start + start * row_bytes,
-        end=entry.start + end * row_bytes,
-    )
 
 
 def _with_cost(problem: Problem, work: AlignmentWork, budgets: Budgets) -> Problem:

@@ -29,6 +29,11 @@ class Expert:
     adapter: AdapterIndex | None = None
     adapted: Mapping[str, AdaptedTensor] = field(default_factory=dict)
 
+    @property
+    def address(self) -> str:
+        """Of the checkpoint, with that of the adapter on it."""
+        return f"{self.index.uri}+{self.adapter.uri}" if self.adapter else self.index.uri
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:

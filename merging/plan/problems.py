@@ -84,7 +84,8 @@ class ProblemBuilder:
     Attributes:
         files: Those that are read, in the order in which they came up.
         dtype: Of the output's floats, if the recipe says.
-        aligned: Where tensors are read whose rows were put in another order, by address and name.
+        aligned: Where tensors are read whose rows were put in another order, by address (of an
+            adapter that changes them, with that) and name.
     """
 
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
@@ -222,6 +223,9 @@ class ProblemBuilder:
     def _expert(self, expert: Expert, tensor: _Tensor) -> _Expert:
         name = tensor.name
         donor = self._inputs.sections[tensor.section].donor
+        own = self.aligned.get((expert.address, expert.index.tensors[name].name))
+        if own is not None and expert.adapter is not None:
+            return _Expert(Parts(), (own,), ())
         adapted = expert.adapted.get(name, AdaptedTensor())
         stored: tuple[Source, ...] = ()
         factors: tuple[Source, ...] = ()

@@ -175,6 +175,13 @@ class SettingTable:
         return self._numbers[key]
 
 
+def mean_setting(num_experts: int) -> Setting:
+    """The setting of a mean of experts, for tensors that are none of the output's."""
+    method = get_method(MEAN_METHOD)
+    experts = (_dump(method.expert_parameters()),) * num_experts
+    return Setting(method.name, _dump(method.parameters()), experts)
+
+
 def _first(levels: Sequence[Level], name: str, tensor_name: str, position: float) -> Any:
     """The value of the first level that has one for this tensor; None if none has."""
     for level in levels:

@@ -110,8 +110,7 @@ def _kept_folder(inputs: Inputs, output_uri: str, uri: str | None, storage: Stor
         storage.list(f"{folder}/{WORKSPACE}")  # holds nothing; fails where nothing can be read
         if is_file(storage, folder):
             raise _refusal(f"{folder} is a file; statistics are kept in a folder of their own.")
-        adapters = (expert.adapter.uri for expert in inputs.experts if expert.adapter)
-        for other in (output_uri, *(index.uri for index in inputs.all_indexes), *adapters):
+        for other in (output_uri, *(index.uri for index in inputs.all_indexes)):
             if f"{folder}/".startswith(f"{other}/"):
                 raise _refusal(
                     f"Statistics cannot be kept in {folder}: that is part of {other}, which this"

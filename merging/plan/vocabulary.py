@@ -133,7 +133,8 @@ class RowTable:
 
     Args:
         vocabulary: The output's.
-        models: Addresses of the models, in recipe order.
+        models: Addresses of the models, in recipe order, with those of adapters that change rows.
+        uris: The same without adapters.
         base: Address of the base model, if there is one.
         num_rows: That the models' tensors have.
 
@@ -146,17 +147,19 @@ class RowTable:
         self,
         vocabulary: Vocabulary,
         models: Sequence[str],
+        uris: Sequence[str],
         base: str | None,
         num_rows: Sequence[int],
     ) -> None:
         self._vocabulary = vocabulary
-        self._places = {uri: place for place, uri in enumerate(models)}
+        # A model that stands there under adapters alone has the rows of one of them.
+        self._places = {name: place for names in (uris, models) for place, name in enumerate(names)}
         self._num_rows = num_rows
         self._base = self._places.get(base or "")
         self._tokens: list[str | None] = [None] * vocabulary.num_tokens
         for token, number in vocabulary.numbers.items():
             self._tokens[number] = token
-        self._own = [self._own_rows(uri, rows) for uri, rows in zip(models, num_rows, strict=True)]
+        self._own = [self._own_rows(uri, rows) for uri, rows in zip(uris, num_rows, strict=True)]
         self._check_choices()
         self._defaults = self._default_rows()
         forced = {token for token, choice in vocabulary.choices.items() if choice.force}

@@ -330,9 +330,88 @@ def test_adapters_on_a_model_start_from_its_rows_in_the_new_order(
     assert changed == {"model.layers.0.mlp.up_proj.weight"}
 
 
-def test_adapter_of_rows_that_move_is_refused(tmp_path: Path, models: dict[str, State]) -> None:
-    parts = factors("lm_head", 16, 16, 2, torch.Generator().manual_seed(0))
+def write_adapters(folder: Path) -> None:
+    """One on the rows of chat's head and embedding, and one that replaces the embedding."""
+    generator = torch.Generator().manual_seed(0)
+    parts = factors("lm_head", 16, 16, 2, generator)
+    prefix = "base_model.model.model.embed_tokens"
+    parts |= {
+        f"{prefix}.lora_embedding_A": torch.randn(3, 16, generator=generator),
+        f"{prefix}.lora_embedding_B": torch.randn(16, 3, generator=generator),
+    }
+    ranks = {"r": 2, "lora_alpha": 4, "rank_pattern": {"embed_tokens": 3}}
+    write_adapter(folder / "lora", parts, target_modules=["lm_head", "embed_tokens"], **ranks)
+    saved = {f"{prefix}.weight": torch.randn(16, 16, generator=generator)}
+    saved |= factors("model.layers.0.mlp.up_proj", 32, 16, 2, generator)
+    config = {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"]}
+    write_adapter(folder / "saved", saved, r=2, **config)
+
+
+def as_checkpoints(folder: Path, *names: str) -> None:
+    """The experts that the adapters make of chat, as whole models."""
+    for name in names:
+        one = {"merge_method": "linear", "models": [{"model": f"{folder}/chat+{folder}/{name}"}]}
+        storage, output = open_storage(), str(folder / f"chat-{name}")
+        run_plan(make_plan(parse_recipe(one), storage, MergeOptions(), output), storage)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("code", "chat+@lora"),
+        ("chat+@saved", "code"),
+        ("chat+@lora", "chat", "code"),
+        ("base", "chat+@saved", "chat+@lora"),
+    ],
+)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *({"merge_method": "task_arithmetic", "base_model": f"@{n}"} for n in ("base", "chat"))],
+)
+def test_rows_that_adapters_change_are_moved_like_those_of_whole_models(
+    tmp_path: Path, models: dict[str, State], names: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    write_adapters(tmp_path)
+    as_checkpoints(tmp_path, "lora", "saved")
+    changes = {"tokenizer_source": "union", **changes}
+    whole = [name.replace("+@", "-") for name in names]
+    _, expected = merge(tmp_path, linear(*whole, **changes))
+    plan, merged = merge(tmp_path, linear(*names, **changes), overwrite=True)
+    report = json.loads((tmp_path / "merged/merge_report.json").read_text())
+    assert report["bytes_read"] == plan.totals.bytes_read
+    for name, tensor in expected.items():
+        exact = name in (EMBEDDING, HEAD)
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=0 if exact else 1e-6)
+
+
+def test_adapters_of_rows_that_stay_in_place_are_not_expanded(
+    tmp_path: Path, models: dict[str, State]
+) -> None:
+    parts = factors("lm_head", 11, 16, 2, torch.Generator().manual_seed(0))
     write_adapter(tmp_path / "adapter", parts, r=2, target_modules=["lm_head"])
-    with pytest.raises(RecipeError, match=r"changes lm_head\.weight") as caught:
-        merge(tmp_path, linear("code", "chat+@adapter", tokenizer_source="union"))
-    assert caught.value.faults[0].pointer == "/models/1/model"
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "@base",
+        "models": [{"model": "@adapter"}, {"model": "@code"}],
+        "tokenizer_source": "base",
+    }
+    plan, _ = merge(tmp_path, recipe)
+    moved = [shard for shard in plan.shards if not shard.is_output]
+    assert [shard.file_name.split("-")[0] for shard in moved] == ["vocabulary"]
+    [head] = [p for shard in plan.outputs for p in shard.problems if p.tensor_name == HEAD]
+    assert [part.rank for part in head.parts] == [2, 0]
+
+
+def test_expanded_rows_fit_a_small_budget_and_serve_all_variants(
+    tmp_path: Path, models: dict[str, State]
+) -> None:
+    write_adapters(tmp_path)
+    recipe = linear("code", "chat+@lora", tokenizer_source="union")
+    sweep = [{"name": "half", "parameters": {"weight": 0.5}}, {"name": "one"}]
+    recipe["models"] = [{"model": entry["model"]} for entry in recipe["models"]]
+    merge(tmp_path, {**recipe, "sweep": sweep}, memory_budget=1 << 20)
+    for name, weight in (("half", 0.5), ("one", 1.0)):
+        single = {**recipe, "parameters": {"normalize": False, "weight": weight}}
+        _, alone = merge(tmp_path, single, overwrite=True)
+        swept = load_merged(tmp_path / "merged" / name)
+        assert all(torch.equal(swept[key], tensor) for key, tensor in alone.items())

@@ -93,7 +93,8 @@ def table(base: str | None = None, **choices: TokenChoice) -> RowTable:
         "y": {"b": 0, "a": 1, "d": 2},
         "z": {"c": 0, "d": 2},
     }
-    return RowTable(Vocabulary(TABLE, 6, models, {}, choices), ["x", "y", "z"], base, [3, 3, 3])
+    uris = list(models)
+    return RowTable(Vocabulary(TABLE, 6, models, {}, choices), uris, uris, base, [3, 3, 3])
 
 
 @pytest.mark.parametrize(
