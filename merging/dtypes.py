@@ -30,6 +30,10 @@ ITEM_SIZE: dict[str, int] = {
 }
 """Bytes per entry of every safetensors dtype that is read."""
 
+BITS = "BITS"
+"""No type of safetensors: what is read holds eight entries in a byte, the first one in the highest
+bit (``numpy.packbits``)."""
+
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 """Types that are merged; all others are copied."""
 
@@ -61,6 +65,7 @@ _TORCH_NAMES: dict[str, str] = {
     "U16": "uint16",
     "U8": "uint8",
     "BOOL": "bool",
+    BITS: "uint8",
 }
 
 

@@ -14,12 +14,15 @@ import msgspec
 
 from merging.checkpoint.header import HeaderEntry, read_header
 from merging.checkpoint.index import WeightFile, read_checkpoint_index
+from merging.dtypes import BITS
 from merging.errors import CheckpointError, RecipeError
 from merging.method import OWN, get_method
 from merging.options import MergeOptions
+from merging.plan.cost import Budgets, problem_cost, problem_load, with_cost
 from merging.plan.outputs import Companion
 from merging.plan.plan import COPY, Plan, Problem, Setting, Source, SourceFile
 from merging.plan.planner import make_plan
+from merging.plan.stages import sum_up
 from merging.publish import read_report
 from merging.recipe import parse_recipe
 from merging.report import REPORT_NAME
@@ -72,8 +75,7 @@ def plan_rebuild(
         checkpoint_uri: The shared checkpoint, with masks and merge report beside its weights.
         task: Address of the task's expert as the report has it, or its number, from 1.
         storage: Where all that is.
-        options: How to run it. The masks of a file of weights, a bit for each entry, are in memory
-            beside the budget.
+        options: How to run it.
         output_uri: Folder of the task's model.
         base_uri: The base model, if it is no longer where it was merged from.
 
@@ -118,11 +120,22 @@ def _by_masks(plan: Plan, report: _Report, number: int, shared: str, storage: St
     """The plan with each tensor made by the task's mask, in place of the whole update."""
     masks, files = _read_masks(shared, report, storage, first=len(plan.files))
     tasks = report.task_masks
-    shards = tuple(
-        msgspec.structs.replace(
-            shard,
-            problems=tuple(_rebuilt(p, plan, masks, number, len(tasks)) for p in shard.problems),
+    own = Setting(report.method, {"lambda": tasks[number].rescaler}, step=OWN)
+    budgets = Budgets(plan.memory_budget, plan.device_memory_budget)
+    method = get_method(report.method)
+    parameters = method.parameters.model_validate(own.parameters)
+
+    def rebuilt(problem: Problem) -> Problem:
+        if not problem.experts:
+            return problem
+        changed = _rebuilt(problem, plan, masks, number, len(tasks))
+        step = method.step(OWN) if changed.experts else None
+        return with_cost(
+            changed, problem_cost([(step, parameters)], problem_load(changed), budgets)
         )
+
+    shards = tuple(
+        msgspec.structs.replace(shard, problems=tuple(map(rebuilt, shard.problems)))
         for shard in plan.shards
     )
     if not masks:
@@ -130,12 +143,12 @@ def _by_masks(plan: Plan, report: _Report, number: int, shared: str, storage: St
     unknown = masks.keys() - {p.tensor_name for shard in shards for p in shard.problems}
     if unknown:
         raise _inconsistent(shared, f"there are masks of {min(unknown)!r}, no tensor of it")
-    own = Setting(report.method, {"lambda": tasks[number].rescaler}, step=OWN)
     return msgspec.structs.replace(
         plan,
         files=(*plan.files, *files),
         settings=(*plan.settings, own, Setting(COPY)),
         shards=shards,
+        totals=sum_up(shards, storage, plan.output_uri),
     )
 
 
@@ -143,8 +156,6 @@ def _rebuilt(
     problem: Problem, plan: Plan, masks: Mapping[str, _Mask], number: int, num_tasks: int
 ) -> Problem:
     """A tensor of the task's model: by its mask, or the shared one where it has none."""
-    if not problem.experts:
-        return problem
     mask = masks.get(problem.tensor_name)
     if mask is None:
         [shared] = problem.experts
@@ -161,8 +172,10 @@ def _rebuilt(
             context={"tensor_name": mask.entry.name},
         )
     start = mask.entry.start + number * row
-    given = (Source(mask.file, start, start + row, "U8", mask.entry.name),)
-    return msgspec.structs.replace(problem, given=given, setting=len(plan.settings))
+    bits = Source(mask.file, start, start + row, BITS)
+    return msgspec.structs.replace(
+        problem, experts=(*problem.experts, bits), setting=len(plan.settings)
+    )
 
 
 def _read_tasks(shared: str, storage: Storage) -> _Report:

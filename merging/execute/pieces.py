@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from merging.dtypes import ITEM_SIZE
+from merging.dtypes import BITS, ITEM_SIZE
 from merging.execute.treatment import Treatment, treatment
 from merging.plan.cost import group_limit, tile_entries
 from merging.plan.plan import Problem, ShardWork, Source
@@ -132,10 +132,11 @@ def _sources(problem: Problem, start: int, end: int) -> tuple[Source, ...]:
 
 def _entries(source: Source, start: int, end: int) -> Source:
     """The byte range of entries ``[start, end)`` of a source."""
-    size = ITEM_SIZE[source.dtype]
-    return msgspec.structs.replace(
-        source, start=source.start + start * size, end=source.start + end * size
-    )
+    if source.dtype == BITS:
+        first, last = start // 8, -(-end // 8)
+    else:
+        first, last = (entry * ITEM_SIZE[source.dtype] for entry in (start, end))
+    return msgspec.structs.replace(source, start=source.start + first, end=source.start + last)
 
 
 def group_pieces(pieces: Sequence[Piece], memory_budget: int) -> Iterator[Group]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from merging.dtypes import torch_dtype
+from merging.dtypes import is_float, torch_dtype
 from merging.errors import NumericalError
 from merging.execute.experts import ExpertMaker
 from merging.execute.memory import BufferPool
@@ -173,8 +173,8 @@ class Solver:
     def _arrive(self, piece: Piece, inputs: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Inputs on the device; a host buffer is free again when the next one is asked for."""
         for position, host in enumerate(inputs):
-            if self._work.check_finite:
-                source = piece.sources[position]
+            source = piece.sources[position]
+            if self._work.check_finite and is_float(source.dtype):
                 check_finite(
                     host,
                     f"Tensor {source.name or piece.problem.tensor_name!r} in"

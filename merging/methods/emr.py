@@ -98,13 +98,13 @@ def find_masks(
     return masks
 
 
-def make_own(base: torch.Tensor | None, shared: Iterator[torch.Tensor], task: Task) -> torch.Tensor:
-    """A task's own tensor, or a tile of it: given its mask, with its rescaler as λ."""
+def make_own(base: torch.Tensor | None, parts: Iterator[torch.Tensor], task: Task) -> torch.Tensor:
+    """A task's own tensor, or a tile of it, of the shared one and its mask: λ is its rescaler."""
     from merging.ops.elected import add_masked
 
     assert base is not None
-    [mask] = task.given
-    return add_masked(base, next(shared), mask, task.offset, task.parameters.scale, task.out)
+    shared, mask = parts
+    return add_masked(base, shared, mask, task.parameters.scale, task.out)
 
 
 def emr_cost(geometry: Geometry, parameters: EmrParameters) -> Cost:
@@ -139,7 +139,7 @@ register(
         rounds=True,
         task_masks={
             MASKS: Step(merge=find_masks, cost=_masks_cost, separable="sum"),
-            OWN: Step(merge=make_own, cost=emr_cost, rounds=True),
+            OWN: Step(merge=make_own, cost=emr_cost, rounds=True, flat=True),
         },
     )
 )

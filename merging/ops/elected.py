@@ -75,7 +75,6 @@ def add_masked(
     base: torch.Tensor,
     shared: torch.Tensor,
     mask: torch.Tensor,
-    offset: int,
     scale: float,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -83,9 +82,8 @@ def add_masked(
 
     Args:
         base: Base tensor, or a tile of it.
-        shared: Of the same shape.
-        mask: The task's row of :func:`agreement_masks`, of the whole tensor.
-        offset: The tile's first entry in the tensor; a multiple of 8.
+        shared: As many entries.
+        mask: As many bits, of the task's row of :func:`agreement_masks`.
         scale: The task's rescaler.
         out: As in :func:`merge_elected`.
     """
@@ -93,7 +91,7 @@ def add_masked(
     merged_N = result_for(base, dtype, out)
     base_N, shared_N = base.reshape(-1), shared.reshape(-1)
     for block, total in rounded_blocks(merged_N, dtype):
-        first, size = (offset + block.start) // 8, total.numel()
+        first, size = block.start // 8, total.numel()
         packed = mask[first : first + -(-size // 8)].cpu().numpy()
         bits = torch.from_numpy(np.unpackbits(packed, count=size)).to(base.device)
         origin = base_N[block].to(dtype)

@@ -33,6 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from merging.dtypes import ITEM_SIZE
 from merging.layered import group_by_problem, layer_cost
 from merging.method import Cost, Geometry, MergeMethod, Step
@@ -159,6 +161,17 @@ def problem_load(problem: Problem) -> Load:
         factor_bytes=tuple(s.num_bytes for place, s in sources if place in factors),
         ranks=tuple(part.rank for part in problem.parts),
         num_made=problem.num_made,
+    )
+
+
+def with_cost(problem: Problem, cost: ProblemCost) -> Problem:
+    """The problem with what it costs."""
+    return msgspec.structs.replace(
+        problem,
+        row_block=cost.row_block,
+        flops=cost.flops,
+        host_bytes=cost.host_bytes,
+        device_bytes=cost.device_bytes,
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from merging.dtypes import ITEM_SIZE
 from merging.method import Geometry, MergeMethod, get_method
-from merging.plan.cost import Budgets, problem_cost, problem_load
+from merging.plan.cost import Budgets, problem_cost, problem_load, with_cost
 from merging.plan.packing import made_file, make_shard, pack, tensor_sources
 from merging.plan.plan import COPY, Problem, Shard, Source, SourceFile
 from merging.plan.variants import VariantSettings
@@ -78,14 +78,8 @@ class Intermediates:
         variants = self.settings.methods(problem.setting)
         steps = [(step_of(method, step), own) for method, own in variants if method is not None]
         cost = problem_cost(steps, problem_load(problem), self.budgets)
-        return msgspec.structs.replace(
-            problem,
-            setting=self.settings.step(problem.setting, step, without),
-            row_block=cost.row_block,
-            flops=cost.flops,
-            host_bytes=cost.host_bytes,
-            device_bytes=cost.device_bytes,
-        )
+        setting = self.settings.step(problem.setting, step, without)
+        return with_cost(msgspec.structs.replace(problem, setting=setting), cost)
 
     def stored_as(self, problem: Problem, dtype: str) -> Problem:
         """The problem with another type of its result, and what that costs."""

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from merging.checkpoint.adapter import AdapterIndex
 from merging.checkpoint.index import CheckpointIndex, TensorEntry
 from merging.dtypes import RECIPE_NAMES, WRITABLE_FLOATS, is_float
@@ -21,6 +19,7 @@ from merging.plan.cost import (
     problem_cost,
     problem_load,
     takes_matrices,
+    with_cost,
 )
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.plan import Parts, Problem, Source, SourceFile
@@ -196,14 +195,7 @@ class ProblemBuilder:
             sees_base=sees_base,
             parts=() if all(part == Parts() for part in parts) else parts,
         )
-        cost = self._cost(setting, problem_load(problem))
-        return msgspec.structs.replace(
-            problem,
-            row_block=cost.row_block,
-            flops=cost.flops,
-            host_bytes=cost.host_bytes,
-            device_bytes=cost.device_bytes,
-        )
+        return with_cost(problem, self._cost(setting, problem_load(problem)))
 
     def _experts(self, tensor: _Tensor, *, is_touched: bool) -> list[_Expert]:
         """What each expert's tensor is made of; nothing if the base's is taken over.

@@ -131,7 +131,7 @@ def test_a_tasks_tensor_is_the_masked_and_scaled_update_of_the_shared_one() -> N
     base, [shared] = make_models((7, 59), 1)
     bits = torch.arange(7 * 59) % 3 == 0
     mask = torch.from_numpy(np.packbits(bits.numpy()))
-    found = run_step(OWN, base, [shared], task_of((7, 59), 1.5, given=(mask,)))
+    found = run_step(OWN, base, [shared, mask], task_of((7, 59), 1.5))
     expected = base + (shared - base) * bits.view(7, 59) * 1.5
     assert torch.equal(found, expected)
 
