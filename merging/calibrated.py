@@ -90,7 +90,7 @@ class UpdateRule:
                 Reduction(
                     name="updates",
                     map=find,
-                    entries=lambda g: g.num_entries + _NUM_FIGURES,
+                    entries=lambda g, _: g.num_entries + _NUM_FIGURES,
                     part=lambda g: slice(g.num_entries, g.num_entries + 1),
                     combine=combine,
                     combined_entries=lambda _: 1,

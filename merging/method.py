@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     from merging.ops.layer_method import LayerMethod
 
-Separability = Literal["elementwise", "rows", "whole", "sum"]
+Separability = Literal["elementwise", "rows", "whole", "sum", "fold"]
 """How a method's tensor may be cut: anywhere with the same bits (``elementwise``); by output rows
 once the in×in matrices over all rows are known (``rows``); not at all (``whole``). The results of
-tiles of a ``sum``, which are whole numbers, are added up."""
+tiles of a ``sum``, which are whole numbers, are added up. Each tile of a ``fold`` goes on from
+where the one before it ended (``task.memory``); the result is the last one's."""
 
 
 class Parameters(BaseModel):
@@ -245,10 +246,11 @@ class Reduction:
     Attributes:
         name: Of its intermediate files.
         map: What is found of one tensor: a flat result, from what the method gets.
-        entries: Of that result.
+        entries: Of that result, given the recipe-level parameters.
         part: Those of them that are combined; all by default.
         dtype: safetensors type of the result; None is float32, or float64 if an input is.
-        combine: Of the parts of all tensors, in the model's order, as experts.
+        combine: Of the parts of all tensors, in the model's order, as experts; None if tensors are
+            never reduced together, and go by their own map's result.
         combined_entries: Of its result, given the number of experts.
         combined_dtype: Type of that.
         ignores: Recipe-level parameters that the map does not depend on: variants of a sweep that
@@ -257,12 +259,12 @@ class Reduction:
 
     name: str
     map: Step
-    entries: Callable[[Geometry], int]
+    entries: Callable[[Geometry, Any], int]
     part: Callable[[Geometry], slice] = lambda _: slice(None)
     dtype: str | None = None
-    combine: Step
-    combined_entries: Callable[[int], int]
-    combined_dtype: str
+    combine: Step | None = None
+    combined_entries: Callable[[int], int] = lambda _: 0
+    combined_dtype: str = "F64"
     ignores: frozenset[str] = frozenset()
 
 
@@ -280,6 +282,7 @@ class Staged:
             together; None for a tensor by itself, which is staged only if the method's own function
             needs more memory than there is, and ``takes_alone`` says of its parameters that the
             result is the same.
+        takes_double: So is one with float64 inputs.
         keeps_map: ``finish`` gets, in place of the experts, as many entries of the last map's
             result as the tensor has; the others come last in ``task.given``.
     """
@@ -288,6 +291,7 @@ class Staged:
     finish: Step
     group: Callable[[Any, Sequence[Any]], Any]
     takes_alone: Callable[[Any], bool] = lambda _: True
+    takes_double: bool = False
     keeps_map: bool = False
 
     def steps(self) -> dict[str, Step]:
@@ -295,7 +299,8 @@ class Staged:
         steps = {FINISH: self.finish}
         for reduction in self.reductions:
             steps[reduction.name] = reduction.map
-            steps[reduction.name + COMBINED] = reduction.combine
+            if reduction.combine is not None:
+                steps[reduction.name + COMBINED] = reduction.combine
         return steps
 
 

@@ -121,7 +121,7 @@ class Thresholds:
                 separable=self.separable,
                 takes_adapters=self.takes_adapters,
             ),
-            entries=lambda g: (
+            entries=lambda g, _: (
                 self.rows_per_expert * g.num_experts * numbers_of(g.num_entries, bins)
             ),
             dtype="I64",

@@ -90,12 +90,13 @@ class ShardFile:
                     self.bytes_written += len(data)
             except BaseException as error:  # noqa: BLE001 - handed to the solving thread
                 self._error = error
-            with self._lock:
-                self.bytes_waiting -= len(data)
             num_bytes = len(data)
             del data, waiting
             done()
             self._budget.release(num_bytes)
+            with self._lock:  # who sees that nothing waits finds the bytes given back
+                self.bytes_waiting -= num_bytes
+            self._budget.wake()
 
 
 class ShardFiles:

@@ -57,9 +57,9 @@ class Piece:
         return self.problem.input_shape if whole else (self.end - self.start,)
 
     @property
-    def is_summand(self) -> bool:
-        """Its result is added to those of the problem's other pieces."""
-        return self.treatment.is_sum
+    def is_partial(self) -> bool:
+        """The problem's result is not joined of its pieces' results; each is as large."""
+        return self.treatment.is_sum or self.treatment.is_fold
 
     @property
     def is_last(self) -> bool:
@@ -76,18 +76,22 @@ class Piece:
         """Bytes of the result."""
         whole = self.start == 0 and self.is_last
         entries = self.problem.num_entries
-        if not (whole or self.is_summand):
+        if not (whole or self.is_partial):
             entries = self.end - self.start
         return entries * ITEM_SIZE[self.problem.dtype]
 
     @property
+    def resident_bytes(self) -> int:
+        """Of the sources that are held at once."""
+        if not self.streaming:
+            return self.bytes_read
+        experts = [source.num_bytes for source in self.problem.experts]
+        return self.bytes_read + sum(sorted(experts)[-2:]) - sum(experts)
+
+    @property
     def workspace_bytes(self) -> int:
         """What solving takes beside inputs and result, where the solving is done."""
-        resident = self.bytes_read
-        if self.streaming:
-            experts = [source.num_bytes for source in self.problem.experts]
-            resident += sum(sorted(experts)[-2:]) - sum(experts)
-        return max(0, self.problem.device_bytes - resident)
+        return max(0, self.problem.device_bytes - self.resident_bytes)
 
 
 @dataclass(frozen=True, slots=True)

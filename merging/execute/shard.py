@@ -194,14 +194,16 @@ class _Merge:
         for piece in group.pieces:
             alone = len(group.pieces) == 1
             inputs = self._inputs(piece, units, fetcher, release if alone else None)
-            self._run_piece(piece, inputs, files)
+            self._run_piece(piece, units, inputs, files)
             if piece.is_last:
                 self._solved = piece.number + 1
             self._report(fetcher, files)
         for unit in list(held):
             release(fetcher.wait(unit))
 
-    def _run_piece(self, piece: Piece, inputs: Iterator[torch.Tensor], files: ShardFiles) -> None:
+    def _run_piece(
+        self, piece: Piece, units: list[Unit], inputs: Iterator[torch.Tensor], files: ShardFiles
+    ) -> None:
         """Solve a piece in all variants; each result is written while the next is solved."""
         variants = self._variants[piece.number]
         results = self._solver.solve(piece, inputs, [variant.figures for variant in variants])
@@ -210,7 +212,7 @@ class _Merge:
             for _ in range(len(piece.treatment.applied)):
                 self._run.check_cancelled()
                 with self._run.timed("write"):
-                    self._wait_for_writes(files, working)
+                    self._wait_for_writes(files, piece, units)
                 self._budget.take(working)
                 self._buffers.make_room()
                 before = self._run.seconds["solve"]
@@ -218,9 +220,9 @@ class _Merge:
                     numbers, result, done = next(results)
                 self._budget.release(working)
                 variants[numbers[0]].seconds += self._run.seconds["solve"] - before
-                if piece.is_summand:
+                if piece.treatment.is_sum:
                     result = self._add_up(piece, numbers[0], result)
-                if piece.is_last or not piece.is_summand:
+                if piece.is_last or not piece.is_partial:
                     with self._run.timed("write"):
                         files.write(result, numbers, done)
                 del result, done
@@ -233,10 +235,20 @@ class _Merge:
             self._sums[number] = result
         return result
 
-    def _wait_for_writes(self, files: ShardFiles, needed: int) -> None:
-        """Let earlier results be written first if they are in the way of solving the next."""
-        budget = self._budget
-        budget.wait_until(lambda: budget.used + needed <= budget.limit or not files.bytes_waiting)
+    def _wait_for_writes(self, files: ShardFiles, piece: Piece, units: list[Unit]) -> None:
+        """Let earlier results be written first if they are in the way of solving the next.
+
+        Inputs that are still to be read will be, whatever is held by then: they count already.
+        """
+        budget, working = self._budget, self._working_bytes(piece)
+
+        def has_room() -> bool:
+            coming = sum(unit.num_bytes for unit in units if not unit.admitted.is_set())
+            if piece.streaming:
+                coming = min(coming, piece.resident_bytes)
+            return budget.used + coming + working <= budget.limit
+
+        budget.wait_until(lambda: has_room() or not files.bytes_waiting)
 
     def _inputs(
         self,

@@ -32,6 +32,7 @@ class Treatment:
         groups: Places in ``applied``, together where a layer's problem is shared.
         is_tiled: The tensor is worked on in tiles.
         is_sum: The results of tiles are added up.
+        is_fold: The result of the last tile is the tensor's.
         is_flat: Inputs are handed over flat.
         takes_adapters: Adapters are handed over as they are.
         is_streaming: Experts are taken one at a time and forgotten.
@@ -42,6 +43,7 @@ class Treatment:
     groups: tuple[tuple[int, ...], ...]
     is_tiled: bool
     is_sum: bool
+    is_fold: bool
     is_flat: bool
     takes_adapters: bool
     is_streaming: bool
@@ -73,6 +75,7 @@ def treatment(setting: Setting, num_files: int, *, are_apart: bool) -> Treatment
         groups=_frozen(group_by_problem(pairs)),
         is_tiled=is_tiled([step for step, _ in pairs]),
         is_sum=first is not None and first.separable == "sum",
+        is_fold=first is not None and first.separable == "fold",
         is_flat=first is not None and first.flat,
         takes_adapters=takes_adapters([step for step, _ in pairs]),
         is_streaming=is_streaming(pairs),

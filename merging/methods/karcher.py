@@ -5,7 +5,8 @@ arXiv:2603.04972. Iteration: average the logarithms of the directions at the cur
 along the arc, until the step is below a tolerance; the length is the mean of the lengths.
 Differences from the source: uniform weights, as in mergekit.
 
-Uses no base model. Not separable: angles are those of whole tensors.
+Uses no base model. Angles are those of whole tensors: they are found in memory, or by reading the
+inputs once more (:mod:`merging.angles`).
 Precision: angles in float64, the sum in float32 (float64 if an input is), one rounding at the end.
 Deterministic: yes. Cost: 2 E² + 2 E flops per entry for E experts whatever the number of
 iterations, which happen on coefficients of the inputs.
@@ -13,14 +14,12 @@ iterations, which happen on coefficients of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from merging.angles import ByAngles
 from merging.method import (
-    Cost,
-    Geometry,
     MergeMethod,
     Task,
     TouchParameters,
@@ -42,25 +41,16 @@ class KarcherParameters(TouchParameters):
     )
 
 
-def merge_karcher(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one tensor. Reports the number of iterations."""
+def mean_weights(products: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weights of the experts in their mean. Reports the number of iterations."""
     import torch
 
-    from merging.ops.combinations import combine, inner_products
-
-    del base
-    tensors = list(experts)
-    products = inner_products(tensors)[0]
-    lengths = products.diagonal().sqrt()
+    lengths = products[0].diagonal().sqrt()
     is_valid = lengths > task.parameters.tol
-    if len(tensors) == 1 or not bool(is_valid.any()):
-        weights = torch.full_like(lengths, 1 / len(tensors))
-        return combine(tensors, weights[None], out=task.out)
-    mean = _mean_direction(products, is_valid, task)
-    weights = mean * lengths.mean()
-    return combine(tensors, weights[None], out=task.out)
+    if len(lengths) == 1 or not bool(is_valid.any()):
+        return torch.full_like(lengths, 1 / len(lengths))[None]
+    mean = _mean_direction(products[0], is_valid, task)
+    return (mean * lengths.mean())[None]
 
 
 def _mean_direction(products: torch.Tensor, is_valid: torch.Tensor, task: Task) -> torch.Tensor:
@@ -89,15 +79,7 @@ def _mean_direction(products: torch.Tensor, is_valid: torch.Tensor, task: Task) 
     return mean
 
 
-def karcher_cost(geometry: Geometry, parameters: KarcherParameters) -> Cost:
-    """Inner products in float64, and a weighted sum."""
-    del parameters
-    num_entries, num_experts = geometry.num_entries, geometry.num_experts
-    return Cost(
-        flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 5),
-    )
-
+ANGLES = ByAngles(weights=mean_weights, ignores=frozenset({"max_iter", "tol"}), base="unused")
 
 register(
     MergeMethod(
@@ -108,12 +90,13 @@ register(
             " spherical averaging without a favourite."
         ),
         source="Karcher 1977; for models arXiv:2603.04972",
-        merge=merge_karcher,
-        cost=karcher_cost,
+        merge=ANGLES.merge(),
+        cost=ANGLES.cost,
         parameters=KarcherParameters,
         needs_base=False,
         separable="whole",
         rounds=True,
+        staged=ANGLES.staged(),
         default_rest="mean",
     )
 )

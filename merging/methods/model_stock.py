@@ -5,21 +5,20 @@ arXiv:2403.19522, eq. 5: t = n cos θ / (1 + (n − 1) cos θ), result t · mean
 Differences from the source: for more than two experts cos θ is the mean over pairs, as in mergekit;
 a layer whose denominator is 0 stays with the base.
 
-Needs the base model. Not separable: angles are those of whole tensors, or of rows.
+Needs the base model. Angles are those of whole tensors, or of rows: they are found in memory, or by
+reading the inputs once more (:mod:`merging.angles`).
 Precision: angles in float64, the sum in float32 (float64 if an input is), one rounding at the end.
 Deterministic: yes. Cost: 2 E² + 2 E flops per entry for E experts; a few blocks of scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from merging.angles import ByAngles
 from merging.method import (
-    Cost,
-    Geometry,
     MergeMethod,
     Task,
     TouchParameters,
@@ -43,19 +42,11 @@ class ModelStockParameters(TouchParameters):
     )
 
 
-def merge_model_stock(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one tensor. Reports the mean cosine and ratio as figures."""
+def stock_weights(products: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weights of the task vectors. Reports the mean cosine and ratio as figures."""
     import torch
 
-    from merging.ops.combinations import combine, inner_products
-
-    assert base is not None
-    tensors = list(experts)
-    by_rows = task.parameters.filter_wise
-    products = inner_products(tensors, base, by_rows=by_rows)
-    count = len(tensors)
+    count = products.shape[-1]
     lengths = products.diagonal(dim1=1, dim2=2).sqrt()
     longest = (lengths[:, :, None] * lengths[:, None, :]).clamp(min=_SHORT)
     first, second = torch.triu_indices(count, count, offset=1, device=products.device)
@@ -63,22 +54,15 @@ def merge_model_stock(
     denominator = 1 + (count - 1) * cosine
     is_singular = denominator.abs() < _SINGULAR
     ratio = (count * cosine / denominator.where(~is_singular, 1)).where(~is_singular, 0)
-    if len(ratio):
-        task.figures["mean_cosine"] = float(cosine.mean())
-        task.figures["mean_ratio"] = float(ratio.mean())
-    weights = (ratio / count)[:, None].expand(-1, count)
-    return combine(tensors, weights, base, by_rows=by_rows, out=task.out)
+    task.figures["mean_cosine"] = float(cosine.mean())
+    task.figures["mean_ratio"] = float(ratio.mean())
+    return (ratio / count)[:, None].expand(-1, count)
 
 
-def model_stock_cost(geometry: Geometry, parameters: ModelStockParameters) -> Cost:
-    """Inner products in float64, and a weighted sum."""
-    del parameters
-    num_entries, num_experts = geometry.num_entries, geometry.num_experts
-    return Cost(
-        flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 5),
-    )
-
+ANGLES = ByAngles(
+    weights=stock_weights,
+    kind=lambda parameters: "rows" if parameters.filter_wise else "tensor",
+)
 
 register(
     MergeMethod(
@@ -89,11 +73,12 @@ register(
             " vectors say: for fine-tunes of one task that differ by chance."
         ),
         source="Jang et al., ECCV 2024, arXiv:2403.19522, eq. 5",
-        merge=merge_model_stock,
-        cost=model_stock_cost,
+        merge=ANGLES.merge(),
+        cost=ANGLES.cost,
         parameters=ModelStockParameters,
         min_experts=2,
         separable="whole",
         rounds=True,
+        staged=ANGLES.staged(),
     )
 )

@@ -6,23 +6,21 @@ is the weighted mean of the lengths.
 Differences from the source: short lengths are raised to eps, not enlarged by it; it all happens on
 coefficients of the inputs.
 
-Uses the base model if the recipe names one: it then merges task vectors. Not separable: angles are
-those of whole tensors.
+Uses the base model if the recipe names one: it then merges task vectors. Angles are those of whole
+tensors: they are found in memory, or by reading the inputs once more (:mod:`merging.angles`).
 Precision: angles in float64, the sum in float32 (float64 if an input is), one rounding at the end.
 Deterministic: yes. Cost: E² + 2 E flops per entry for E experts; a few blocks of scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from merging.angles import ByAngles
 from merging.errors import NumericalError, RecipeError
 from merging.method import (
-    Cost,
-    Geometry,
     MergeMethod,
     Task,
     TouchParameters,
@@ -45,19 +43,13 @@ class MultislerpParameters(TouchParameters):
     )
 
 
-def merge_multislerp(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one tensor.
+def mean_weights(products: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weights of the experts in their mean.
 
     Raises:
         RecipeError: ``bad_parameter`` if weights that should be normalised add up to 0.
         NumericalError: ``did_not_converge`` if the directions of three tensors or more cancel out.
     """
-    from merging.ops.combinations import combine, inner_products
-
-    tensors = list(experts)
-    products = inner_products(tensors, base)
     weights = products.new_tensor([parameters.weight for parameters in task.expert_parameters])
     if task.parameters.normalize_weights:
         if weights.sum() == 0:
@@ -70,7 +62,7 @@ def merge_multislerp(
         weights = weights / weights.sum()
     found = _sphere_weights(products[0], weights, task.parameters.eps)
     if found is None:
-        if len(tensors) > 2:
+        if len(weights) > 2:
             raise NumericalError(
                 f"The weighted directions of {task.tensor_name!r} cancel out, so they have no mean"
                 " on the sphere. Change the weights.",
@@ -78,7 +70,7 @@ def merge_multislerp(
                 context={"tensor_name": task.tensor_name},
             )
         found = weights
-    return combine(tensors, found[None], base, out=task.out)
+    return found[None]
 
 
 def _sphere_weights(
@@ -106,15 +98,7 @@ def _sphere_weights(
     return direction * (lengths @ weights)
 
 
-def multislerp_cost(geometry: Geometry, parameters: MultislerpParameters) -> Cost:
-    """Inner products in float64, and a weighted sum."""
-    del parameters
-    num_entries, num_experts = geometry.num_entries, geometry.num_experts
-    return Cost(
-        flops=(2.0 * num_experts**2 + 2 * num_experts) * num_entries,
-        workspace_bytes=geometry.block_bytes(num_buffers=2 * num_experts + 5),
-    )
-
+ANGLES = ByAngles(weights=mean_weights, ignores=frozenset({"normalize_weights", "eps"}))
 
 register(
     MergeMethod(
@@ -125,14 +109,15 @@ register(
             " it merges task vectors."
         ),
         source="As in mergekit, arXiv:2403.13257",
-        merge=merge_multislerp,
-        cost=multislerp_cost,
+        merge=ANGLES.merge(),
+        cost=ANGLES.cost,
         parameters=MultislerpParameters,
         expert_parameters=WeightParameters,
         needs_base=False,
         optional_base=True,
         separable="whole",
         rounds=True,
+        staged=ANGLES.staged(),
         default_rest="mean",
     )
 )

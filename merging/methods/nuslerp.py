@@ -4,22 +4,20 @@ Source: Shoemake, SIGGRAPH 1985, section 3.3, in the form that mergekit calls Nu
 al., arXiv:2403.13257): weights instead of t, and a choice of what counts as a vector.
 Differences from the source: none; angles are in float64, so nearly parallel inputs lose nothing.
 
-Uses the base model if the recipe names one: it then interpolates task vectors. Not separable: the
-angle is that of whole tensors.
+Uses the base model if the recipe names one: it then interpolates task vectors. Angles are found in
+memory, or by reading the inputs once more (:mod:`merging.angles`).
 Precision: angles in float64, the sum in float32 (float64 if an input is), one rounding at the end.
 Deterministic: yes. Cost: 12 N flops for N entries; a few blocks of scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from merging.angles import ByAngles
 from merging.method import (
-    Cost,
-    Geometry,
     MergeMethod,
     Task,
     TouchParameters,
@@ -29,6 +27,8 @@ from merging.method import (
 
 if TYPE_CHECKING:
     import torch
+
+    from merging.ops.vectors import Kind
 
 _LINEAR_FROM = 1 - 1e-12
 _ZERO_WEIGHTS = 1e-6
@@ -50,35 +50,23 @@ class NuslerpParameters(TouchParameters):
     )
 
 
-def merge_nuslerp(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one tensor."""
-    from merging.ops.combinations import combine, inner_products, slerp_weights
+def arc_weights(products: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weights of both experts."""
+    from merging.ops.combinations import slerp_weights
 
-    tensors = list(experts)
     first, second = (parameters.weight for parameters in task.expert_parameters)
     total = first + second
     t = 0.5 if abs(total) < _ZERO_WEIGHTS else second / total
-    by_rows = not task.parameters.nuslerp_flatten
-    is_turned = by_rows and task.parameters.nuslerp_row_wise and tensors[0].ndim > 1
-    if is_turned:
-        tensors = [tensor.transpose(0, -1) for tensor in tensors]
-        base = None if base is None else base.transpose(0, -1)
-    products = inner_products(tensors, base, by_rows=by_rows)
-    weights = slerp_weights(products, t, linear_from=_LINEAR_FROM)
-    merged = combine(tensors, weights, base, by_rows=by_rows, out=task.out)
-    return merged.transpose(0, -1).contiguous() if is_turned else merged
+    return slerp_weights(products, t, linear_from=_LINEAR_FROM)
 
 
-def nuslerp_cost(geometry: Geometry, parameters: NuslerpParameters) -> Cost:
-    """Three inner products in float64, and a sum of two; vectors along columns are copied."""
-    num_entries = geometry.num_entries
-    workspace = geometry.block_bytes(num_buffers=8)
-    if parameters.nuslerp_row_wise and not parameters.nuslerp_flatten:
-        workspace += 4 * 4 * num_entries
-    return Cost(12.0 * num_entries, workspace)
+def _kind(parameters: NuslerpParameters) -> Kind:
+    if parameters.nuslerp_flatten:
+        return "tensor"
+    return "columns" if parameters.nuslerp_row_wise else "rows"
 
+
+ANGLES = ByAngles(weights=arc_weights, kind=_kind)
 
 register(
     MergeMethod(
@@ -89,8 +77,8 @@ register(
             " their task vectors."
         ),
         source="Shoemake, SIGGRAPH 1985; as in mergekit, arXiv:2403.13257",
-        merge=merge_nuslerp,
-        cost=nuslerp_cost,
+        merge=ANGLES.merge(),
+        cost=ANGLES.cost,
         parameters=NuslerpParameters,
         expert_parameters=WeightParameters,
         needs_base=False,
@@ -99,6 +87,7 @@ register(
         max_experts=2,
         separable="whole",
         rounds=True,
+        staged=ANGLES.staged(),
         default_rest="mean",
     )
 )

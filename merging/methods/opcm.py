@@ -150,7 +150,7 @@ STAGED = Staged(
                 streaming=True,
                 takes_adapters=True,
             ),
-            entries=lambda g: g.num_entries + 1 + g.num_experts,
+            entries=lambda g, _: g.num_entries + 1 + g.num_experts,
             part=lambda g: slice(g.num_entries, None),
             combine=Step(
                 merge=find_scale, cost=_small_cost, separable="whole", streaming=True, flat=True

@@ -5,21 +5,20 @@ weights as in mergekit (Goddard et al., arXiv:2403.13257): each tensor is one ve
 Differences from the source: vectors keep their lengths, as in mergekit; where the cosine is beyond
 ±0.9995 the way is straight.
 
-Needs the base model. Not separable: the angle is that of whole tensors.
+Needs the base model. The angle is that of whole tensors: it is found in memory, or by reading the
+inputs once more (:mod:`merging.angles`).
 Precision: angles in float64, the sum in float32 (float64 if an input is), one rounding at the end.
 Deterministic: yes. Cost: 12 N flops for N entries; a few blocks of scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from merging.angles import ByAngles
 from merging.method import (
-    Cost,
-    Geometry,
     MergeMethod,
     Task,
     TouchParameters,
@@ -43,24 +42,14 @@ class SlerpParameters(TouchParameters):
     )
 
 
-def merge_slerp(
-    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """Merge one tensor."""
-    from merging.ops.combinations import combine, inner_products, slerp_weights
+def arc_weights(products: torch.Tensor, task: Task) -> torch.Tensor:
+    """Weights of base and expert."""
+    from merging.ops.combinations import slerp_weights
 
-    assert base is not None
-    tensors = [base, *experts]
-    weights = slerp_weights(inner_products(tensors), task.parameters.t, linear_from=_LINEAR_FROM)
-    return combine(tensors, weights, out=task.out)
+    return slerp_weights(products, task.parameters.t, linear_from=_LINEAR_FROM)
 
 
-def slerp_cost(geometry: Geometry, parameters: SlerpParameters) -> Cost:
-    """Three inner products in float64, and a sum of two."""
-    del parameters
-    num_entries = geometry.num_entries
-    return Cost(12.0 * num_entries, geometry.block_bytes(num_buffers=8))
-
+ANGLES = ByAngles(weights=arc_weights, ignores=frozenset({"t"}), base="input")
 
 register(
     MergeMethod(
@@ -71,11 +60,12 @@ register(
             " which keeps lengths where a straight line would shorten them. Takes two models."
         ),
         source="Shoemake, SIGGRAPH 1985; for weights as in mergekit, arXiv:2403.13257",
-        merge=merge_slerp,
-        cost=slerp_cost,
+        merge=ANGLES.merge(),
+        cost=ANGLES.cost,
         parameters=SlerpParameters,
         max_experts=1,
         separable="whole",
         rounds=True,
+        staged=ANGLES.staged(),
     )
 )

@@ -21,6 +21,10 @@ CPU_BLOCK = 1 << 17
 """Entries. A handful of float32 buffers of this size stay in cache, and calling an operator costs
 little beside running it; measured best from 2¹⁶ to 2¹⁹."""
 
+TILE_MULTIPLE = 1 << 16
+"""Entries. Tiles of large tensors are cut at multiples of this: every tile starts aligned, and
+blocks of this size are the same however a tensor is cut."""
+
 DEVICE_BLOCK = 1 << 20
 """Entries. On an accelerator a block only has to be large beside the launch of a kernel."""
 

@@ -2,11 +2,13 @@
 
 Interpolation on spheres, means on spheres and Model Stock all give a tensor in the span of their
 inputs, with coefficients that depend on lengths and angles alone. So a tensor is read twice: once
-for the n×n matrix of inner products (in float64, which makes nearly parallel inputs harmless), and
-once for the sum. In between there is nothing but small matrices.
+for the n×n matrix of inner products, and once for the sum. In between there is nothing but small
+matrices, so that both can be done tile by tile.
 
-*Vectors* are whole tensors, or the rows of tensors, R of them: inner products are R×n×n, weights
-R×n. With an origin, vectors are differences from it.
+On a CPU both go through blocks that begin at multiples of :data:`~merging.ops.blocks.TILE_MULTIPLE`
+in the whole tensor, whose sums are added up in order: results do not depend on how it is cut.
+
+Shapes: n inputs, R vectors in each (:mod:`merging.ops.vectors`), N entries of a tensor or tile.
 """
 
 from __future__ import annotations
@@ -16,112 +18,150 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from merging.ops.blocks import block_size, blocks_of, result_for, work_dtype
+from merging.ops.blocks import DEVICE_BLOCK, TILE_MULTIPLE, result_for, work_dtype
+from merging.ops.vectors import Vectors
 
 
-def inner_products(
-    tensors: Sequence[torch.Tensor], origin: torch.Tensor | None = None, *, by_rows: bool = False
-) -> torch.Tensor:
-    """Inner products of n tensors of one shape with one another.
+def add_inner_products(
+    sums_Rnn: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    origin: torch.Tensor | None,
+    vectors: Vectors,
+    offset: int = 0,
+) -> None:
+    """Add the inner products of n tensors, or of tiles of them, with one another.
+
+    Between tensors as they are everything is in float64, which makes nearly parallel ones harmless.
+    Differences from an origin are rounded to the work dtype; so is what a block of a long vector
+    comes to, which loses nothing that counts beside that.
 
     Args:
-        tensors: Of any float dtype.
-        origin: Subtracted from each, in the work dtype.
-        by_rows: Rows (along the last dimension) are vectors, not whole tensors.
-
-    Returns:
-        R×n×n in float64, on the device of the tensors.
+        sums_Rnn: What tiles before this one came to, in float64; changed in place.
+        tensors: Of one shape, of any float dtype.
+        origin: Subtracted from each.
+        vectors: Of the whole tensor.
+        offset: The tile's first entry in the tensor.
     """
-    dtype = work_dtype((*tensors, *_listed(origin)))
-    if not by_rows:
-        return _whole_products(tensors, origin, dtype)
-    views = [_vectors(tensor, by_rows=True) for tensor in (*tensors, *_listed(origin))]
-    products = torch.zeros(
-        (len(views[0]), len(tensors), len(tensors)), dtype=torch.float64, device=views[0].device
-    )
-    for block in _blocks(views[0]):
-        parts = [view[block].to(dtype) for view in views]
-        if origin is not None:
-            start = parts.pop()
-            parts = [part - start for part in parts]
-        stacked = torch.stack(parts, dim=1).double()
-        products[block[0]] += stacked @ stacked.mT
-    return products
-
-
-def _whole_products(
-    tensors: Sequence[torch.Tensor], origin: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Inner products of whole tensors, 1×n×n, one by one: quicker than small matrices are."""
-    count, device = len(tensors), tensors[0].device
     flat = [tensor.reshape(-1) for tensor in tensors]
-    size = min(block_size(device), flat[0].numel())
-    scratch = torch.empty((2, size), dtype=dtype, device=device)
-    vectors = torch.empty((count, size), dtype=torch.float64, device=device)
-    sums = [torch.zeros((), dtype=torch.float64, device=device)] * (count * (count + 1) // 2)
-    pairs = list(itertools.combinations_with_replacement(range(count), 2))
-    for block in blocks_of(flat[0].numel(), device):
-        start, difference = scratch[:, : flat[0][block].numel()]
-        if origin is not None:
-            start.copy_(origin.reshape(-1)[block])
-        parts = vectors[:, : start.numel()]
+    device = sums_Rnn.device
+    dtype = torch.float64 if origin is None else work_dtype((*tensors, origin))
+    size = min(_block_size(device), flat[0].numel())
+    scratch = torch.empty((len(flat), size), dtype=dtype, device=device)
+    start = torch.empty(size, dtype=dtype, device=device)
+    pairs = _Pairs(scratch)
+    for block in _blocks(flat[0].numel(), device):
+        parts = scratch[:, : block.stop - block.start]
         for part, tensor in zip(parts, flat, strict=True):
-            if origin is None:
-                part.copy_(tensor[block])
+            part.copy_(tensor[block])
+        if origin is not None:
+            parts.sub_(start[: parts.shape[1]].copy_(origin.reshape(-1)[block]))
+        for entries, rows, shape in vectors.parts(offset + block.start, offset + block.stop):
+            lines = parts[:, entries].unflatten(1, shape)
+            if len(lines[0]) == 1 and not vectors.are_columns:
+                sums_Rnn[rows.start] += pairs.products(lines[:, 0])
             else:
-                part.copy_(difference.copy_(tensor[block]).sub_(start))
-        sums = [
-            total + torch.dot(parts[i], parts[j]) for total, (i, j) in zip(sums, pairs, strict=True)
-        ]
-    products = torch.zeros((1, count, count), dtype=torch.float64, device=device)
-    for total, (i, j) in zip(sums, pairs, strict=True):
-        products[0, i, j] = products[0, j, i] = total
-    return products
+                order = (2, 0, 1) if vectors.are_columns else (1, 0, 2)
+                stacked = lines.permute(order).to(torch.float64, copy=True)
+                sums_Rnn[rows] += stacked @ stacked.mT
+
+
+class _Pairs:
+    """Inner products of a few long vectors one by one: quicker than products of matrices are.
+
+    Args:
+        like: n vectors of that type.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        count = len(like)
+        self._pairs = list(itertools.combinations_with_replacement(range(count), 2))
+        self._found = like.new_empty(len(self._pairs))
+        self._places = torch.empty((count, count), dtype=torch.long, device=like.device)
+        for place, (i, j) in enumerate(self._pairs):
+            self._places[i, j] = self._places[j, i] = place
+
+    def products(self, vectors: torch.Tensor) -> torch.Tensor:
+        """All n×n, in float64."""
+        rows = vectors.unbind()
+        for (i, j), found in zip(self._pairs, self._found.unbind(), strict=True):
+            torch.dot(rows[i], rows[j], out=found)
+        return self._found.double()[self._places]
 
 
 def combine(
     tensors: Sequence[torch.Tensor],
-    weights: torch.Tensor,
-    origin: torch.Tensor | None = None,
-    *,
-    by_rows: bool = False,
+    weights_Rn: torch.Tensor,
+    origin: torch.Tensor | None,
+    vectors: Vectors,
+    offset: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``origin + Σ weight · (tensor − origin)``, or the sum without an origin.
 
     Args:
-        tensors: n tensors of one shape, of any float dtype.
-        weights: R×n.
-        origin: As for :func:`inner_products`, likewise ``by_rows``.
-        by_rows: Each row has weights of its own.
+        tensors: n tensors of one shape, of any float dtype, or tiles of them.
+        weights_Rn: Of each vector of the whole tensor.
+        origin: As for :func:`add_inner_products`, likewise ``vectors`` and ``offset``.
+        vectors: See there.
+        offset: See there.
         out: Flat, of any float dtype, for the result; by default new, float32 (float64 if an input
             is).
 
     Returns:
         Tensor of that shape.
     """
-    dtype = work_dtype((*tensors, *_listed(origin)))
-    views = [_vectors(tensor, by_rows=by_rows) for tensor in tensors]
-    start = None if origin is None else _vectors(origin, by_rows=by_rows)
-    merged = result_for(tensors[0], dtype, out).view(views[0].shape)
-    size = min(block_size(merged.device), merged.numel())
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    dtype = work_dtype(tensors if origin is None else (*tensors, origin))
+    merged = result_for(tensors[0], dtype, out)
+    size = min(_block_size(merged.device), merged.numel())
     scratch = torch.empty((3, size), dtype=dtype, device=merged.device)
-    weights = weights.to(dtype)
-    for block in _blocks(merged):
-        target = merged[block]
-        total, term, begin = (flat[: target.numel()].view(target.shape) for flat in scratch)
-        if start is not None:
-            begin.copy_(start[block])
+    weighting = _Weighting(weights_Rn.to(dtype), vectors)
+    for block in _blocks(merged.numel(), merged.device):
+        total, term, start = scratch[:, : block.stop - block.start]
+        if origin is not None:
+            start.copy_(origin.reshape(-1)[block])
         total.zero_()
-        for number, view in enumerate(views):
-            term.copy_(view[block])
-            if start is not None:
-                term.sub_(begin)
-            total.add_(term.mul_(weights[block[0], number, None]))
-        if start is not None:
-            total.add_(begin)
-        target.copy_(total)
-    return merged.reshape(tensors[0].shape)
+        for number, tensor in enumerate(flat):
+            term.copy_(tensor[block])
+            if origin is not None:
+                term.sub_(start)
+            weighting.add(total, term, number, offset + block.start)
+        if origin is not None:
+            total.add_(start)
+        merged[block].copy_(total)
+    return merged.view(tensors[0].shape)
+
+
+class _Weighting:
+    """Adds inputs with their weights, which may differ from vector to vector.
+
+    Args:
+        weights_Rn: Of each vector.
+        vectors: Of the whole tensor.
+    """
+
+    def __init__(self, weights_Rn: torch.Tensor, vectors: Vectors) -> None:
+        self._weights = weights_Rn
+        self._vectors = vectors
+        self._of_all = weights_Rn[0].tolist() if vectors.count == 1 else None
+
+    def add(self, total: torch.Tensor, term: torch.Tensor, number: int, start: int) -> None:
+        """Add a block of one input to ``total``; ``term`` may be changed.
+
+        Args:
+            total: Flat.
+            term: As long.
+            number: Of the input.
+            start: Of the block, in the whole tensor.
+        """
+        if self._of_all is not None:
+            total.add_(term, alpha=self._of_all[number])
+            return
+        for entries, rows, shape in self._vectors.parts(start, start + len(term)):
+            weights = self._weights[rows, number]
+            weights = weights if self._vectors.are_columns else weights[:, None]
+            term[entries].view(shape).mul_(weights)
+        total.add_(term)
 
 
 def slerp_weights(products: torch.Tensor, t: float, *, linear_from: float) -> torch.Tensor:
@@ -145,23 +185,11 @@ def slerp_weights(products: torch.Tensor, t: float, *, linear_from: float) -> to
     return torch.where(is_linear[:, None], shares, curved)
 
 
-def _vectors(tensor: torch.Tensor, *, by_rows: bool) -> torch.Tensor:
-    """A view (or copy) of the tensor with one vector per row."""
-    if by_rows and tensor.ndim > 1 and tensor.shape[-1]:
-        return tensor.reshape(-1, tensor.shape[-1])
-    return tensor.reshape(1, -1)
+def _block_size(device: torch.device) -> int:
+    return TILE_MULTIPLE if device.type == "cpu" else DEVICE_BLOCK
 
 
-def _blocks(view: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of whole rows, or of parts of one row where rows are long."""
-    num_rows, num_columns = view.shape
-    size = block_size(view.device)
-    row_step = max(1, size // max(1, num_columns))
-    column_step = max(1, num_columns if row_step > 1 else size)
-    for row in range(0, num_rows, row_step):
-        for column in range(0, num_columns, column_step):
-            yield slice(row, row + row_step), slice(column, column + column_step)
-
-
-def _listed(origin: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return () if origin is None else (origin,)
+def _blocks(num_entries: int, device: torch.device) -> Iterator[slice]:
+    size = _block_size(device)
+    for start in range(0, num_entries, size):
+        yield slice(start, min(start + size, num_entries))

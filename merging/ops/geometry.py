@@ -32,6 +32,7 @@ class Geometry:
         transposed: As in :class:`~merging.method.Task`.
         ranks: As in :class:`~merging.method.Task`.
         on_host: A CPU solves, as far as is known.
+        tiled_shape: Of the tensor of which this is a tile; empty if it is none.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class Geometry:
     transposed: bool = False
     ranks: tuple[int, ...] = ()
     on_host: bool = False
+    tiled_shape: tuple[int, ...] = ()
 
     @property
     def num_entries(self) -> int:

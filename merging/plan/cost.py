@@ -4,7 +4,9 @@ What a worker holds while it works on one problem, from how it works:
 
 - A method that can be cut anywhere, and a copy, runs in *tiles* whose inputs share a quarter of
   the memory budget (64 MiB at the most). Held: one tile of every source, the method's workspace
-  for a tile, and the tile's result in its output type (the whole result of a sum over tiles).
+  for a tile, and the tile's result in its output type (the whole result of a sum or fold over
+  tiles).
+- What a problem is given of earlier passes is held beside that.
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
   hold all their inputs. Added: the method's workspace, in which its float32 result is counted
   unless it rounds that block by block, and the result in its output type.
@@ -38,11 +40,9 @@ import msgspec
 from merging.dtypes import ITEM_SIZE
 from merging.layered import group_by_problem, layer_cost
 from merging.method import Cost, Geometry, MergeMethod, Step
+from merging.ops.blocks import TILE_MULTIPLE
 from merging.ops.layer_method import LayerVariant
 from merging.plan.plan import Problem
-
-TILE_MULTIPLE = 1 << 16
-"""Tiles are cut at multiples of this many entries, so that every tile starts aligned."""
 
 ROW_MULTIPLE = 64
 """Row blocks are multiples of this: products of so many rows run at full speed."""
@@ -119,6 +119,7 @@ class Load:
         ranks: Of the experts' adapters, 0 for an expert without; empty if each expert is one stored
             tensor.
         num_made: How many experts are not.
+        given_bytes: Of what the problem is given beside its inputs.
     """
 
     shape: tuple[int, ...]
@@ -131,6 +132,7 @@ class Load:
     factor_bytes: Sequence[int] = ()
     ranks: tuple[int, ...] = ()
     num_made: int = 0
+    given_bytes: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -161,6 +163,7 @@ def problem_load(problem: Problem) -> Load:
         factor_bytes=tuple(s.num_bytes for place, s in sources if place in factors),
         ranks=tuple(part.rank for part in problem.parts),
         num_made=problem.num_made,
+        given_bytes=sum(source.num_bytes for source in problem.given),
     )
 
 
@@ -199,7 +202,7 @@ def expansion_flops(num_entries: int, ranks: Sequence[int]) -> float:
 
 def is_tiled(steps: Sequence[Step | None]) -> bool:
     """Whether all of these can be cut anywhere, so that tensors are worked on in tiles."""
-    return all(step is None or step.separable in ("elementwise", "sum") for step in steps)
+    return all(step is None or step.separable in ("elementwise", "sum", "fold") for step in steps)
 
 
 def is_streaming(variants: Sequence[Application]) -> bool:
@@ -267,7 +270,9 @@ def _cost(
         tile = min(entries, tile_entries(entries, expanded, budgets.host))
         inputs = -(-inputs * tile // max(entries, 1))
         if tile < entries:
-            geometry = Geometry((tile,), geometry.num_experts, on_host=on_host)
+            geometry = Geometry(
+                (tile,), geometry.num_experts, on_host=on_host, tiled_shape=geometry.shape
+            )
         entries = tile
         inputs += sum(load.factor_bytes)
     elif is_streaming(variants):
@@ -275,6 +280,7 @@ def _cost(
         inputs = load.base_bytes + sum(read[-2:])
     else:
         inputs += sum(load.factor_bytes)
+    inputs += load.given_bytes
     workspace = 0
     rounds = all(step is not None and step.rounds for step in steps)
     if costs := _step_costs(variants, geometry):
@@ -283,7 +289,7 @@ def _cost(
         workspace += _adapter_entries(variants, load, entries) * _FLOAT32_BYTES
         workspace *= 2 if load.is_double else 1
     result = (entries if load.result_entries is None else load.result_entries) * load.item_size
-    if steps[0] is not None and steps[0].separable == "sum":
+    if steps[0] is not None and steps[0].separable in ("sum", "fold"):
         workspace += (len(steps) - 1) * result  # the sums of other variants wait for the next tile
     host_bytes = inputs + result + (workspace if on_host else 0)
     device_bytes = inputs + workspace + (result if rounds and not on_host else 0)

@@ -2,8 +2,9 @@
 
 A tensor of such a method is merged by the last pass, ``finish``. Each reduction before it is a
 stage of *maps*, one for every tensor, whose results lie in intermediate files, and one of
-*combinations*, one for every group of tensors that are reduced together. The inputs are read again
-in every pass that needs them, which shows in the plan's bytes.
+*combinations*, one for every group of tensors that are reduced together, unless a tensor goes by
+what its own map found. The inputs are read again in every pass that needs them, which shows in the
+plan's bytes.
 
 The variants of a sweep go through the same passes together. So maps and the last pass read the
 inputs once for all of them, and leave a result for each; what tensors are reduced together, each
@@ -37,10 +38,24 @@ class _Wanted(NamedTuple):
     Attributes:
         staged: The passes of its method, if it has some that give its result.
         key: Tensors of the same key are reduced together; None if it needs no passes.
+        parameters: Recipe-level ones.
     """
 
     staged: Staged | None
-    key: Any
+    key: Any = None
+    parameters: Any = None
+
+    def form(self, problem: Problem) -> list[Any]:
+        """What variants must have in common to go through the passes over a tensor together."""
+        assert self.staged is not None
+        geometry = problem_geometry(problem)
+        return [
+            self.staged.keeps_map,
+            *(
+                (r.name, r.entries(geometry, self.parameters), r.dtype, r.map.separable, r.map.flat)
+                for r in self.staged.reductions
+            ),
+        ]
 
 
 class Staging:
@@ -77,17 +92,20 @@ class Staging:
             name = reductions[0].name
             maps = [self._map(reductions[0], problems[place], given[place]) for place in places]
             found = dict(zip(places, self._stages.write_each(maps, name), strict=True))
-            combinations = [
-                self._combination(
-                    reductions[variant],
-                    f"{name}-{number}",
-                    [self._stages.of_variant(problems[place], variant) for place in group],
-                    [found[place][variant] for place in group],
-                    given[group[0]][variant],
-                )
-                for number, (variant, group) in enumerate(groups)
-            ]
-            results = self._stages.write(combinations, name + COMBINED)
+            if reductions[0].combine is None:
+                results = [found[place][variant] for variant, [place] in groups]
+            else:
+                combinations = [
+                    self._combination(
+                        reductions[variant],
+                        f"{name}-{number}",
+                        [self._stages.of_variant(problems[place], variant) for place in group],
+                        [found[place][variant] for place in group],
+                        given[group[0]][variant],
+                    )
+                    for number, (variant, group) in enumerate(groups)
+                ]
+                results = self._stages.write(combinations, name + COMBINED)
             for (variant, group), result in zip(groups, results, strict=True):
                 for place in group:
                     given[place][variant] += (result,)
@@ -101,11 +119,13 @@ class Staging:
         """Whether a tensor takes several passes: a variant needs them, or it is too large else."""
         wanted = self._wanted(problem)
         needing = next((n for n, one in enumerate(wanted) if one.key is not None), None)
-        first = wanted[needing or 0].staged
-        others = [n for n, one in enumerate(wanted) if not _is_same(one.staged, first, problem)]
+        first = wanted[needing or 0]
+        others = [n for n, one in enumerate(wanted) if not _are_alike(one, first, problem)]
         if needing is None:
-            is_held = self._stages.budgets.hold(problem) or is_double(problem)
-            return not (others or is_held)
+            is_held = self._stages.budgets.hold(problem)
+            if others or is_held or first.staged is None:
+                return False
+            return first.staged.takes_double or not is_double(problem)
         if others:
             raise recipe_error([self._refusal(number, needing) for number in others])
         return True
@@ -139,10 +159,11 @@ class Staging:
     def _map(self, reduction: Reduction, problem: Problem, given: _Each) -> Problem:
         """What is found of one tensor."""
         floats = "F64" if is_double(problem) else "F32"
+        parameters = self._stages.parameters(problem)
         return self._stages.of_step(
             msgspec.structs.replace(
                 with_given(problem, given),
-                shape=(reduction.entries(problem_geometry(problem)),),
+                shape=(reduction.entries(problem_geometry(problem), parameters),),
                 source_shape=problem.shape,
                 dtype=reduction.dtype or floats,
             ),
@@ -202,29 +223,18 @@ def with_given(problem: Problem, given: _Each) -> Problem:
 def _wanted(variant: AppliedVariant) -> _Wanted:
     method = variant.method
     if method is None or method.staged is None:
-        return _Wanted(None, None)
+        return _Wanted(None)
     experts = variant.setting.expert_parameters
     key = method.staged.group(
         variant.parameters,
         [method.expert_parameters.model_validate(expert) for expert in experts],
     )
     is_same = key is not None or method.staged.takes_alone(variant.parameters)
-    return _Wanted(method.staged if is_same else None, key)
+    return _Wanted(method.staged if is_same else None, key, variant.parameters)
 
 
-def _is_same(one: Staged | None, other: Staged | None, problem: Problem) -> bool:
-    """Whether passes read the same, and leave results of the same form."""
-    if one is None or other is None:
+def _are_alike(one: _Wanted, other: _Wanted, problem: Problem) -> bool:
+    """Whether both have passes that read the same and leave results of the same form."""
+    if one.staged is None or other.staged is None:
         return False
-    return one is other or _form(one, problem) == _form(other, problem)
-
-
-def _form(staged: Staged, problem: Problem) -> list[Any]:
-    geometry = problem_geometry(problem)
-    return [
-        staged.keeps_map,
-        *(
-            (r.name, r.entries(geometry), r.dtype, r.map.separable, r.map.flat)
-            for r in staged.reductions
-        ),
-    ]
+    return one.form(problem) == other.form(problem)

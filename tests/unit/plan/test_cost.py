@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from merging.method import Cost, Geometry, MergeMethod, all_methods
+from merging.ops.blocks import TILE_MULTIPLE
 from merging.plan.cost import (
-    TILE_MULTIPLE,
     Budgets,
     Load,
     group_limit,
