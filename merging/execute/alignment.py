@@ -19,7 +19,7 @@ from merging.execute.memory import MemoryBudget
 from merging.execute.output import ShardFiles
 from merging.execute.shard_run import ShardRun
 from merging.execute.solve import check_finite
-from merging.plan.alignment import AlignmentWork
+from merging.plan.moving import AlignmentWork
 from merging.plan.packing import shard_header
 from merging.plan.plan import ALIGN, Problem
 from merging.plan.row_ranges import join_ranges

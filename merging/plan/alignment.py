@@ -9,44 +9,19 @@ in that order already is read where it lies.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from merging.checkpoint.adapter import AdapterIndex
-from merging.checkpoint.index import CheckpointIndex, TensorEntry
-from merging.dtypes import ITEM_SIZE
-from merging.errors import Fault, RecipeError
-from merging.method import MergeMethod
-from merging.plan.cost import ROW_MULTIPLE, Budgets
+from merging.checkpoint.index import CheckpointIndex
 from merging.plan.expanding import adapted_tensor
 from merging.plan.inputs import Expert, Inputs
 from merging.plan.intermediate import Intermediates
-from merging.plan.plan import ALIGN, Problem, Setting, Source
-from merging.plan.problems import ProblemBuilder, promote
-from merging.plan.row_ranges import ranges_of
+from merging.plan.moving import Place, RowMover
+from merging.plan.plan import Problem, Source
+from merging.plan.problems import ProblemBuilder
 from merging.plan.vocabulary import RowTable, Run, Vocabulary
 from merging.plan.wording import shorten_list
-from merging.sampled import FISHER
-
-_WORKING_BYTES = 8
-"""Of an entry while it is worked on: a float32 or float64 number."""
-
-
-class AlignmentWork(msgspec.Struct, frozen=True):
-    """What makes a tensor: in the plan, the parameters of its setting.
-
-    Attributes:
-        runs: Its rows in order; parts are numbers of the problem's sources and rows in them.
-        padding: Rows after these, each the mean of all of them.
-    """
-
-    runs: tuple[Run, ...]
-    padding: int = 0
 
 
 def with_output_rows(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
@@ -95,28 +70,12 @@ def align(
 
     Raises:
         RecipeError: ``incompatible_options``: a token that is to be taken from a model that lacks
-            it, or a method that runs merged embeddings on an expert's tokens, or measures each of
-            its rows.
+            it.
     """
-    _check_method(inputs.method)
     alignment = _Alignment(vocabulary, builder, stages, warnings)
     for section in inputs.sections:
         alignment.add(section)
     return alignment.finish()
-
-
-def _check_method(method: MergeMethod) -> None:
-    if method.sequential or FISHER in method.calibrated:
-        detail = (
-            f"{method.name} needs models of one vocabulary: its samples are in the tokens of each"
-            " expert, and it looks at merged embeddings or at single rows."
-        )
-        fault = Fault("/merge_method", "incompatible_options", detail)
-        raise RecipeError(detail, code="incompatible_options", faults=[fault])
-
-
-_Place = tuple[CheckpointIndex | AdapterIndex | None, TensorEntry]
-"""A tensor, and whose files it lies in; None is the plan's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +107,8 @@ class _Alignment:
         self._found: dict[tuple[str, str], Source] = {}
         self._moved: dict[str, list[Problem]] = {}
         self._tables: dict[tuple[Any, ...], RowTable] = {}
-        self._expanded: dict[tuple[str, str], _Place] = {}
-        self._settings: dict[str, int] = {}
+        self._expanded: dict[tuple[str, str], Place] = {}
+        self._mover = RowMover(builder, stages)
 
     def add(self, section: Inputs) -> None:
         """Put the tensors of a section's models in order."""
@@ -200,27 +159,15 @@ class _Alignment:
         if is_whole and model.adapted is not None:
             return  # the factors are those of these rows
         used = sorted({number for run in runs for number, _ in run.parts})
-        entries = {number: self._entry(models[number], name) for number in used}
-        sources, moved = ranges_of(runs, {n: entry for n, (_, entry) in entries.items()})
-        found = [self._source(entries[number][0], entry) for number, entry in sources]
-        if len(runs) == 1 and len(runs[0].parts) == 1 and not padding:
-            self._found[key] = found[0]
-            return
-        work = AlignmentWork(tuple(moved), padding)
-        is_mean = padding > 0 or any(len(run.parts) > 1 for run in runs)
-        dtypes = [entry.dtype for _, entry in sources] + ["F32"] * is_mean
-        problem = Problem(
-            tensor_name=key[1],
-            shape=(self._vocabulary.num_rows, *stored.shape[1:]),
-            dtype=promote(dtypes),
-            setting=self._setting(work),
-            base=None,
-            experts=tuple(found),
-            role="embedding",
-        )
-        self._moved.setdefault(key[0], []).append(_with_cost(problem, work, self._stages.budgets))
+        places = {number: self._entry(models[number], name) for number in used}
+        shape = (self._vocabulary.num_rows, *stored.shape[1:])
+        moved = self._mover.move(stored.name, shape, runs, places, padding=padding)
+        if isinstance(moved, Source):
+            self._found[key] = moved
+        else:
+            self._moved.setdefault(key[0], []).append(moved)
 
-    def _entry(self, model: _Model, name: str) -> _Place:
+    def _entry(self, model: _Model, name: str) -> Place:
         """Where a model's tensor with its rows in the old order lies."""
         if model.adapted is None:
             return model.index, model.index.tensors[name]
@@ -231,34 +178,3 @@ class _Alignment:
                 model.adapted, name, self._builder, self._stages, stage
             )
         return self._expanded[key]
-
-    def _source(self, index: CheckpointIndex | AdapterIndex | None, entry: TensorEntry) -> Source:
-        if index is not None:
-            return self._builder.source(index, entry, "")
-        return Source(entry.file, entry.start, entry.end, entry.dtype, entry.name)
-
-    def _setting(self, work: AlignmentWork) -> int:
-        """The setting of this work; head and embedding share one."""
-        data = msgspec.json.encode(work)
-        key = hashlib.sha256(data).hexdigest()
-        if key not in self._settings:
-            setting = Setting(ALIGN, msgspec.json.decode(data))
-            self._settings[key] = self._builder.settings.add(setting)
-        return self._settings[key]
-
-
-def _with_cost(problem: Problem, work: AlignmentWork, budgets: Budgets) -> Problem:
-    """The problem in the largest blocks of rows of which two fit: one made, one written."""
-    num_rows = problem.shape[0]
-    width = math.prod(problem.shape[1:])
-    read = max(ITEM_SIZE[source.dtype] for source in problem.experts) * max(
-        len(run.parts) for run in work.runs
-    )
-    per_row = width * (read + _WORKING_BYTES + ITEM_SIZE[problem.dtype])
-    block = budgets.host // 2 // per_row // ROW_MULTIPLE * ROW_MULTIPLE
-    block = max(block, ROW_MULTIPLE)
-    return msgspec.structs.replace(
-        problem,
-        row_block=0 if block >= num_rows else block,
-        host_bytes=2 * per_row * min(block, num_rows),
-    )

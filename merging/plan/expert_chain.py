@@ -24,6 +24,7 @@ from merging.plan.expert_samples import read_expert_samples, sample_sources, tok
 from merging.plan.images import Images
 from merging.plan.inputs import Expert
 from merging.plan.intermediate import Intermediates
+from merging.plan.moving import Renumbering
 from merging.plan.plan import STATISTICS, Problem, Setting, Source
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import architecture, hidden_width, role_of, split_by_block, stacks_of
@@ -137,6 +138,14 @@ class ExpertChain:
     def block_of(self, tensor_name: str) -> int:
         """The block whose shard reads a tensor; the last one for what no shard reads."""
         return self._blocks.get(tensor_name, self.num_blocks - 1)
+
+    def renumbered(
+        self, merged: Mapping[str, Source], renumbering: Renumbering | None
+    ) -> dict[str, Source]:
+        """Merged tensors with their rows in the order of the expert's tokens."""
+        if renumbering is None:
+            return dict(merged)
+        return {name: renumbering.merged(self._index, name, at) for name, at in merged.items()}
 
     def run(
         self,

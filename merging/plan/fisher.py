@@ -24,6 +24,7 @@ from merging.errors import Fault, RecipeError
 from merging.plan.architectures import causal_architectures
 from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.inputs import Expert
+from merging.plan.moving import Renumbering
 from merging.plan.plan import Problem, Source
 from merging.plan.runnable import architecture, is_of_head, role_of
 from merging.plan.statistics_cost import backward_bytes, backward_flops
@@ -64,6 +65,12 @@ def add_fisher(
         if chain.key not in found:
             found[chain.key] = chain.add()
     diagonals = [found[key] for key in keys]
+    if vocabulary := measuring.builder.vocabulary:
+        renumbering = Renumbering(vocabulary, measuring.builder, measuring.stages)
+        diagonals = [
+            {name: renumbering.statistic(expert.index, name, at) for name, at in own.items()}
+            for own, expert in zip(diagonals, experts, strict=True)
+        ]
     sizes = tuple(own[SIZE] for own in diagonals)
 
     def with_diagonals(problem: Problem) -> Problem:

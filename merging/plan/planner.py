@@ -105,6 +105,7 @@ def make_plan(recipe: Recipe, storage: Storage, options: MergeOptions, output_ur
         output_uri=output_uri,
     )
     if vocabulary is not None:
+        builder.vocabulary = vocabulary
         builder.aligned = align(stored, vocabulary, builder, stages, warnings)
     problems = builder.build(tensors)
     as_adapter = None

@@ -32,6 +32,7 @@ from merging.plan.variants import (
     planned_variants,
     shared_layout,
 )
+from merging.plan.vocabulary import Vocabulary
 from merging.plan.wording import shorten_list
 from merging.recipe import Recipe
 from merging.roles import Role, TouchFilter, describe_tensor, touch_filter
@@ -83,12 +84,14 @@ class ProblemBuilder:
     Attributes:
         files: Those that are read, in the order in which they came up.
         dtype: Of the output's floats, if the recipe says.
+        vocabulary: The output's, if rows are put in another order.
         aligned: Where tensors are read whose rows were put in another order, by address (of an
             adapter that changes them, with that) and name.
     """
 
     def __init__(self, recipe: Recipe, inputs: Inputs, budgets: Budgets) -> None:
         self.files: list[SourceFile] = []
+        self.vocabulary: Vocabulary | None = None
         self.aligned: dict[tuple[str, str], Source] = {}
         entries = [[expert.entry for expert in one.experts] for one in inputs.merged]
         self._variants = planned_variants(recipe)

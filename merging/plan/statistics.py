@@ -24,6 +24,7 @@ from merging.plan.expert_chain import ExpertChain, Measuring
 from merging.plan.fisher import add_fisher
 from merging.plan.inputs import Inputs
 from merging.plan.intermediate import Intermediates
+from merging.plan.moving import Renumbering
 from merging.plan.plan import WORKSPACE, Problem, Source
 from merging.plan.problems import ProblemBuilder
 from merging.plan.runnable import hidden_width, unfit
@@ -85,7 +86,7 @@ def add_statistics(
         ExpertChain(n, expert, measuring, warnings) for n, expert in enumerate(inputs.experts)
     ]
     if inputs.method.sequential:
-        return _merge_in_turn(problems, wanted, chains, stages)
+        return _merge_in_turn(problems, wanted, chains, builder, stages)
     found: dict[str, dict[str, Source]] = {}
     for chain in chains:
         if chain.key not in found:
@@ -129,6 +130,7 @@ def _merge_in_turn(
     problems: Sequence[Problem],
     wanted: Mapping[str, str],
     chains: Sequence[ExpertChain],
+    builder: ProblemBuilder,
     stages: Intermediates,
 ) -> list[Problem]:
     """Merge block after block; all but the last, and what stands behind it, are written by then."""
@@ -137,6 +139,8 @@ def _merge_in_turn(
     for problem in problems:
         blocks[chains[0].block_of(problem.tensor_name)].append(problem)
     finals: dict[str, Problem] = {}
+    vocabulary = builder.vocabulary
+    renumbering = Renumbering(vocabulary, builder, stages) if vocabulary else None
     for block, own in blocks.items():
         found = [chain.run(block, leaves=False) for chain in chains]
         merges = [_with_statistics(problem, wanted, found, stages) for problem in own]
@@ -144,7 +148,7 @@ def _merge_in_turn(
         if block < last:
             merged = stages.write_output(merges)
             for chain in chains:
-                chain.run(block, measures=False, merged=merged)
+                chain.run(block, measures=False, merged=chain.renumbered(merged, renumbering))
     return [finals[problem.tensor_name] for problem in problems]
 
 

@@ -7,7 +7,7 @@ the mean of those of all models that have it. A token that no model has gets zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -59,6 +59,15 @@ class Vocabulary:
     def num_tokens(self) -> int:
         """Rows that are not padding."""
         return 1 + max(self.numbers.values(), default=-1)
+
+    def rows_of(self, uri: str, num_rows: int) -> list[int]:
+        """The row of each token in a model with so many rows; -1 where it has none."""
+        own = self.models[uri]
+        rows = [-1] * self.num_tokens
+        for token, number in self.numbers.items():
+            row = own.get(token, -1)
+            rows[number] = row if row < num_rows else -1
+        return rows
 
     def tensors_of(self, index: CheckpointIndex) -> list[str]:
         """Names of a checkpoint's tensors with a row for each token, as far as a slice has them."""
@@ -159,17 +168,11 @@ class RowTable:
         self._tokens: list[str | None] = [None] * vocabulary.num_tokens
         for token, number in vocabulary.numbers.items():
             self._tokens[number] = token
-        self._own = [self._own_rows(uri, rows) for uri, rows in zip(uris, num_rows, strict=True)]
+        self._own = [vocabulary.rows_of(uri, n) for uri, n in zip(uris, num_rows, strict=True)]
         self._check_choices()
         self._defaults = self._default_rows()
         forced = {token for token, choice in vocabulary.choices.items() if choice.force}
         self._forced = {vocabulary.numbers[token] for token in forced}
-
-    def _own_rows(self, uri: str, num_rows: int) -> list[int]:
-        """A model's row for each token of the output; -1 where it has none."""
-        own = self._vocabulary.models[uri]
-        rows = [own.get(token, -1) if token is not None else -1 for token in self._tokens]
-        return [row if row < num_rows else -1 for row in rows]
 
     def _default_rows(self) -> list[tuple[Row, ...]]:
         """What the row of each token is in models that lack it."""
@@ -231,18 +234,23 @@ class RowTable:
 
     def runs(self, place: int) -> list[Run]:
         """The rows of one model's tensor; those of padding are not among them."""
-        runs: list[Run] = []
-        for parts in self._rows(place):
-            if runs and _follow(runs[-1], parts):
-                runs[-1] = Run(runs[-1].count + 1, runs[-1].parts)
-            else:
-                runs.append(Run(1, parts))
-        return runs
+        return runs_of(self._rows(place))
 
     def _rows(self, place: int) -> Iterator[tuple[Row, ...]]:
         for number, row in enumerate(self._own[place]):
             is_own = row >= 0 and number not in self._forced
             yield ((place, row),) if is_own else self._defaults[number]
+
+
+def runs_of(rows: Iterable[tuple[Row, ...]]) -> list[Run]:
+    """Rows, each of which is the mean of others, as runs."""
+    runs: list[Run] = []
+    for parts in rows:
+        if runs and _follow(runs[-1], parts):
+            runs[-1] = Run(runs[-1].count + 1, runs[-1].parts)
+        else:
+            runs.append(Run(1, parts))
+    return runs
 
 
 def _follow(run: Run, parts: tuple[Row, ...]) -> bool:

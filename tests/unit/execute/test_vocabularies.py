@@ -299,21 +299,6 @@ def test_slices_align_the_models_that_give_their_ends(
         assert torch.equal(merged[HEAD][number], code.get(token, zeros))
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean_plus_plus"])
-def test_methods_that_look_at_merged_embeddings_need_one_vocabulary(
-    tmp_path: Path, models: dict[str, State], method: str
-) -> None:
-    recipe = {
-        "merge_method": method,
-        "models": [{"model": "@chat"}, {"model": "@code"}],
-        "calibration": {"data": [[1, 2, 3]]},
-        "tokenizer_source": "union",
-    }
-    with pytest.raises(RecipeError, match="one vocabulary") as caught:
-        merge(tmp_path, recipe)
-    assert caught.value.faults[0].pointer == "/merge_method"
-
-
 def test_adapters_on_a_model_start_from_its_rows_in_the_new_order(
     tmp_path: Path, models: dict[str, State]
 ) -> None:
