@@ -23,7 +23,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from merging.method import Cost, Geometry, MergeFunction, Task
+from merging.method import Cost, Geometry, MergeFunction, Step, Task
 
 if TYPE_CHECKING:
     import torch
@@ -123,3 +123,14 @@ def norm_cost(geometry: Geometry, _: Any) -> Cost:
     """A few vectors."""
     entries = geometry.num_entries
     return Cost(4.0 * geometry.num_experts * entries, 8 * _FLOAT_BYTES * entries)
+
+
+def _regress(_: torch.Tensor | None, inputs: Iterator[torch.Tensor], task: Task) -> torch.Tensor:
+    """The weight of a linear layer, by the method's ``alpha``. Reports the samples' rows."""
+    from merging.ops.features import regression_mean
+
+    return regression_mean(inputs, task, task.parameters.alpha, task.figures)
+
+
+REGRESSION = Step(merge=_regress, cost=features_cost, separable="whole", streaming=True, flat=True)
+"""RegMean's step for linear layers, whatever was run to measure them."""

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import MergeMethod, Step, Task, TouchParameters, register
-from merging.sampled import LINEAR, features_cost, mean_cost
+from merging.method import MergeMethod, Task, TouchParameters, register
+from merging.sampled import LINEAR, REGRESSION, mean_cost
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +57,6 @@ def merge_regmean_plus_plus(
     return mean_update(None, experts, 1.0)
 
 
-def merge_linear(
-    base: torch.Tensor | None, inputs: Iterator[torch.Tensor], task: Task
-) -> torch.Tensor:
-    """The weight of a linear layer. Reports the samples' rows."""
-    from merging.ops.features import regression_mean
-
-    del base
-    return regression_mean(inputs, task, task.parameters.alpha, task.figures)
-
-
 register(
     MergeMethod(
         name="regmean_plus_plus",
@@ -79,15 +69,7 @@ register(
         merge=merge_regmean_plus_plus,
         cost=mean_cost,
         parameters=RegMeanPlusPlusParameters,
-        calibrated={
-            LINEAR: Step(
-                merge=merge_linear,
-                cost=features_cost,
-                separable="whole",
-                streaming=True,
-                flat=True,
-            ),
-        },
+        calibrated={LINEAR: REGRESSION},
         sequential=True,
         needs_base=False,
         default_touch="linear",

@@ -25,8 +25,11 @@ from merging.checkpoint.vocabulary import read_tokenizer
 from merging.local_run import run_plan
 from merging.options import MergeOptions
 from merging.plan.planner import make_plan
+from merging.rebuild import plan_rebuild
 from merging.recipe import parse_recipe
+from merging.report import REPORT_NAME
 from merging.storage.router import open_storage
+from merging.task_masks import REPORT_KEY
 from tests.parity.cases import CASES, VOCABULARIES, Case
 from tests.parity.fusion_bench_cases import CASES as FUSION_BENCH_CASES
 from tests.support.checkpoints import Family, make_family
@@ -134,7 +137,7 @@ def _judge(
     if told != "ok":
         return 0.0, 0.0, f"theirs: {told}"
     theirs = load_merged(folder / f"theirs-{number}")
-    ours = _merge_ours(_with_models(case.recipe, family), folder / f"ours-{number}")
+    ours = _merge_ours(_with_models(case.recipe, family), folder / f"ours-{number}", case.task)
     if case.by_token:
         order = _order(folder / f"ours-{number}", folder / f"theirs-{number}")
         theirs |= {name: theirs[name][order] for name in VOCABULARY_TENSORS}
@@ -174,10 +177,19 @@ def _order(ours: Path, theirs: Path) -> list[int]:
     return [*order, *range(len(order), rows)]
 
 
-def _merge_ours(recipe: dict[str, Any], output: Path) -> dict[str, torch.Tensor]:
-    storage = open_storage()
-    run_plan(make_plan(parse_recipe(recipe), storage, MergeOptions(), str(output)), storage)
-    return load_merged(output)
+def _merge_ours(
+    recipe: dict[str, Any], output: Path, task: int | None = None
+) -> dict[str, torch.Tensor]:
+    storage, options = open_storage(), MergeOptions()
+    run_plan(make_plan(parse_recipe(recipe), storage, options, str(output)), storage)
+    if task is None:
+        return load_merged(output)
+    file, own = output / REPORT_NAME, output.with_name(f"{output.name}-own")
+    report = json.loads(file.read_text())
+    report[REPORT_KEY][task]["rescaler"] = 1.0
+    file.write_text(json.dumps(report))
+    run_plan(plan_rebuild(str(output), str(task + 1), storage, options, str(own)), storage)
+    return load_merged(own)
 
 
 def _with_models(recipe: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Case:
         flipped: Share of entries that may differ by more, where a method chooses entries by a
             threshold and rounding decides single ones.
         call: What the other side does where it knows no recipes.
+        task: Number of the task whose own model is compared, made of the merge but not rescaled.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     flipped: float = 0.0
     by_token: bool = False
     call: dict[str, Any] | None = None
+    task: int | None = None
 
 
 def _models(*parameters: dict[str, Any], base: bool = False) -> list[dict[str, Any]]:

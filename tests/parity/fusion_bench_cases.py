@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.parity.cases import BITS, Case
+from tests.parity.cases import BITS, ROUNDING, Case
 
 SPECTRAL = 1e-4
 """Singular vectors in float32, by other decompositions."""
@@ -24,6 +24,7 @@ def _case(
     name: str = "",
     experts: dict[str, Any] | None = None,
     flipped: float = 0.0,
+    task: int | None = None,
     **parameters: Any,
 ) -> Case:
     models = [{"model": f"E{number}", "parameters": experts or {}} for number in range(3)]
@@ -34,7 +35,7 @@ def _case(
         "parameters": parameters,
         "dtype": "float32",
     }
-    return Case(name or method, recipe, tolerance, flipped, call=call)
+    return Case(name or method, recipe, tolerance, flipped, call=call, task=task)
 
 
 CASES = [
@@ -79,6 +80,11 @@ CASES = [
         SPECTRAL,
         experts={"density": 0.2},
         flipped=1e-2,
+    ),
+    _case("emr", {"function": "emr", "task": None}, BITS, name="emr, the shared model"),
+    *(
+        _case("emr", {"function": "emr", "task": n}, ROUNDING, name=f"emr, task {n}", task=n)
+        for n in range(3)
     ),
     _case("opcm", {"function": "opcm", "alpha": 0.5}, SPECTRAL),
     _case("doge", {"function": "doge", "subspace": 6, "percent": 30, "eta": 0.07}, SPECTRAL),

@@ -139,12 +139,12 @@ def task_sum(vectors: list[State]) -> State:
     return {name: sum(vector[name] for vector in vectors) for name in vectors[0]}
 
 
-def emr(vectors: list[State], task: int) -> State:
-    """The update of one task's model as EMR rebuilds it."""
+def emr(vectors: list[State], task: int | None) -> State:
+    """The update of the shared model, or what one task's mask leaves of it."""
     from fusion_bench.method.emr_merging.utils import emr_merge
 
-    unified, masks, rescalers = emr_merge(vectors)
-    return {n: u * masks[n][task] * float(rescalers[task]) for n, u in unified.items()}
+    unified, masks, _ = emr_merge(vectors)
+    return {n: u if task is None else u * masks[n][task] for n, u in unified.items()}
 
 
 class _Holder(nn.Module):
