@@ -107,9 +107,12 @@ def plan_rebuild(
             context={"uri": base.uri},
         )
     plan = _by_masks(plan, report, number, shared, storage)
-    companions = read_checkpoint_index(storage, shared).companions.items()
+    index = read_checkpoint_index(storage, shared)
+    companions = index.companions.items()
+    named = {key: value for key, value in index.config.items() if key == "architectures"}
     return msgspec.structs.replace(
         plan,
+        config={**plan.config, **named},  # a recipe may have told another class than the base's
         companions=tuple(Companion(f"{shared}/{n}", n, version) for n, version in companions),
         recipe={**document, "merge_method": report.method, "task": found.model},
         method=report.method,

@@ -253,6 +253,17 @@ def test_tensors_that_were_not_merged_are_the_shared_ones(
     assert any("mlp" in name for name in found)
 
 
+def test_a_rebuilt_model_is_of_the_class_that_the_recipe_told(
+    merged: Path, storage: Storage, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(merged, shared)
+    config = json.loads((shared / "config.json").read_text()) | {"architectures": ["OurLlama"]}
+    (shared / "config.json").write_text(json.dumps(config))
+    plan = plan_rebuild(str(shared), "1", storage, MergeOptions(), str(tmp_path / "task"))
+    assert plan.config["architectures"] == ["OurLlama"]
+
+
 def test_the_shared_models_scale_cancels(
     family: Family, storage: Storage, merged: Path, tmp_path: Path
 ) -> None:
