@@ -228,6 +228,8 @@ class Step:
             :class:`~merging.ops.low_rank.Adapter` of the stored tensor and not expanded.
         flat: Inputs are handed over flat, whatever their lengths.
         rounds: The function rounds its result block by block, and holds nothing else as large.
+        by_row: Tiles are whole rows of the tensor (what follows its first dimension; a vector is
+            one row).
     """
 
     merge: MergeFunction
@@ -237,6 +239,7 @@ class Step:
     takes_adapters: bool = False
     flat: bool = False
     rounds: bool = False
+    by_row: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +258,7 @@ class Reduction:
         combined_dtype: Type of that.
         ignores: Recipe-level parameters that the map does not depend on: variants of a sweep that
             differ in no others share its result.
+        needed: Whether it is, with these parameters; else the pass is left out.
     """
 
     name: str
@@ -266,6 +270,7 @@ class Reduction:
     combined_entries: Callable[[int], int] = lambda _: 0
     combined_dtype: str = "F64"
     ignores: frozenset[str] = frozenset()
+    needed: Callable[[Any], bool] = lambda _: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +285,7 @@ class Staged:
         finish: Merges a tensor, from what the method gets.
         group: From recipe-level and expert parameters, tensors of which settings are reduced
             together; None for a tensor by itself, which is staged only if the method's own function
-            needs more memory than there is, and ``takes_alone`` says of its parameters that the
-            result is the same.
+            needs more memory than there is. The result is the same.
         takes_double: So is one with float64 inputs.
         keeps_map: ``finish`` gets, in place of the experts, as many entries of the last map's
             result as the tensor has; the others come last in ``task.given``.
@@ -289,8 +293,7 @@ class Staged:
 
     reductions: tuple[Reduction, ...]
     finish: Step
-    group: Callable[[Any, Sequence[Any]], Any]
-    takes_alone: Callable[[Any], bool] = lambda _: True
+    group: Callable[[Any, Sequence[Any]], Any] = lambda _, __: None
     takes_double: bool = False
     keeps_map: bool = False
 

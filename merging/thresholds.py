@@ -17,7 +17,8 @@ from merging.ops.bins import COARSE_BINS, FINE_BINS, numbers_of
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.quantiles import Rank, Row
+    from merging.ops.quantiles import Row
+    from merging.ops.selection import Rank
     from merging.ops.sparsify import KeepFromThresholds
 
 CostFunction = Callable[[Geometry, Any], Cost]
@@ -33,25 +34,27 @@ class Thresholds:
 
     Attributes:
         name: Of the passes.
-        rows: From what the method gets: rows of non-negative numbers, ``rows_per_expert`` for each
-            expert; None for one in which nothing is sought. Those of a tile may be asked for.
+        rows: From what the method gets: ``num_rows`` rows of non-negative numbers; None for one in
+            which nothing is sought. Those of a tile may be asked for.
         ranks: Which number of each row is sought over all tensors, if any.
         keeps_ties: Whether all numbers equal to one that is sought are kept; else just so many
             that it is the last.
-        rows_per_expert: See above.
+        num_rows: See above; given the number of experts, by default one for each.
         cost: Of making the rows, beside counting them.
         separable: Whether rows of tiles are those of the tensor; ``whole`` if not.
         takes_adapters: Whether ``rows`` does.
+        needed: Whether anything is sought, with these parameters.
     """
 
     name: str
     rows: Callable[[torch.Tensor, Iterator[torch.Tensor], Task], Iterable[Row | None]]
     ranks: Callable[[Task], Sequence[Rank | None]]
     keeps_ties: Callable[[Task], bool] = lambda _: True
-    rows_per_expert: int = 1
+    num_rows: Callable[[int], int] = lambda num_experts: num_experts
     cost: CostFunction = _nothing
     separable: Separability = "sum"
     takes_adapters: bool = False
+    needed: Callable[[Any], bool] = lambda _: True
 
     def reductions(self) -> tuple[Reduction, Reduction]:
         """The two passes; the second one's result is what ``read_thresholds`` reads."""
@@ -121,20 +124,19 @@ class Thresholds:
                 separable=self.separable,
                 takes_adapters=self.takes_adapters,
             ),
-            entries=lambda g, _: (
-                self.rows_per_expert * g.num_experts * numbers_of(g.num_entries, bins)
-            ),
+            entries=lambda g, _: self.num_rows(g.num_experts) * numbers_of(g.num_entries, bins),
             dtype="I64",
             combine=Step(
                 merge=choose, cost=_choose_cost, separable="whole", streaming=True, flat=True
             ),
-            combined_entries=lambda num_experts: 2 * self.rows_per_expert * num_experts,
+            combined_entries=lambda num_experts: 2 * self.num_rows(num_experts),
             combined_dtype="I64",
+            needed=self.needed,
         )
 
     def _count_cost(self, geometry: Geometry, parameters: Any) -> Cost:
         """A histogram takes a few operators per entry; those of all rows are held twice."""
-        rows = self.rows_per_expert * geometry.num_experts
+        rows = self.num_rows(geometry.num_experts)
         making = self.cost(geometry, parameters)
         return Cost(
             flops=6.0 * rows * geometry.num_entries + making.flops,
@@ -162,7 +164,7 @@ def of_task_vectors(
             yield magnitudes(base, expert) if density < 1 else None
 
     def ranks(task: Task) -> list[Rank | None]:
-        from merging.ops.quantiles import first_beyond_largest, last_of_largest
+        from merging.ops.selection import first_beyond_largest, last_of_largest
 
         rank = first_beyond_largest if is_global(task) else last_of_largest
         return [rank(density) if density < 1 else None for density in densities(task)]
@@ -190,14 +192,14 @@ def keep_beyond(task: Task, like: torch.Tensor) -> KeepFromThresholds:
     """Keeps what lies beyond known thresholds; the same for all tiles of a tensor.
 
     Args:
-        task: Its last given values are those of the second pass.
+        task: Its second given values are those of the second pass.
         like: Flat tensor of the work dtype, as long as the first tile or a block.
     """
     from merging.ops.quantiles import read_thresholds
     from merging.ops.sparsify import KeepFromThresholds
 
     if "keep" not in task.memory:
-        task.memory["keep"] = KeepFromThresholds(*read_thresholds(task.given[-1]), like)
+        task.memory["keep"] = KeepFromThresholds(read_thresholds(task.given[1]), like)
     keep: KeepFromThresholds = task.memory["keep"]
     return keep
 

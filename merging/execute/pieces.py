@@ -16,7 +16,7 @@ import msgspec
 
 from merging.dtypes import BITS, ITEM_SIZE
 from merging.execute.treatment import Treatment, treatment
-from merging.plan.cost import group_limit, tile_entries
+from merging.plan.cost import group_limit, tile_entries, tile_unit
 from merging.plan.plan import Problem, ShardWork, Source
 
 
@@ -118,7 +118,8 @@ def cut_problems(work: ShardWork) -> Iterator[Piece]:
         if not known[key].is_tiled:
             yield Piece(problem, number, 0, entries, known[key], problem.sources)
             continue
-        tile = tile_entries(entries, problem.expanded_bytes, work.memory_budget)
+        unit = tile_unit([one.step for one in known[key].applied], problem.input_shape)
+        tile = tile_entries(entries, problem.expanded_bytes, work.memory_budget, unit)
         for start in range(0, max(entries, 1), tile):
             end = min(start + tile, entries)
             yield Piece(problem, number, start, end, known[key], _sources(problem, start, end))

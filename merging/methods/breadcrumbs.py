@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.method import MergeMethod, Task, TaskVectorParameters, register
-from merging.sparsified import BandParameters, band_cost, merge_band
+from merging.sparsified import BandParameters, band_cost, band_passes, merge_band
 
 if TYPE_CHECKING:
     import torch
@@ -59,5 +59,6 @@ register(
         expert_parameters=BandParameters,
         separable="whole",
         rounds=True,
+        staged=band_passes(elect_signs=False),
     )
 )

@@ -101,7 +101,7 @@ def merge_consensus_ties(
     assert base is not None
     tensors = list(experts)
     found = THRESHOLDS.of_tensor(base, tensors, task)
-    return finish_consensus_ties(base, iter(tensors), replace(task, given=(found,)))
+    return finish_consensus_ties(base, iter(tensors), replace(task, given=(found, found)))
 
 
 def finish_consensus_ties(

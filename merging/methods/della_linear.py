@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.method import MergeMethod, Task, TaskVectorParameters, register
-from merging.sparsified import ByRankParameters, by_rank_cost, merge_by_rank
+from merging.sparsified import ByRankParameters, by_rank_cost, by_rank_passes, merge_by_rank
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ register(
         expert_parameters=ByRankParameters,
         separable="whole",
         rounds=True,
+        staged=by_rank_passes(elect_signs=False),
         symmetric=False,
     )
 )

@@ -115,7 +115,7 @@ def finish_doge(
             steps=given.steps if any(factors) else 0,
             learning_rate=given.learning_rate,
         )
-        thresholds, _ = read_thresholds(task.given[-1])
+        thresholds = [found.value for found in read_thresholds(task.given[-1])]
         update = merge_corrected(vectors, factors, thresholds, correction)
         task.figures["update_norm"] = abs(given.scale) * inner_product(update, update) ** 0.5
         return add_to_base(base, update, task)

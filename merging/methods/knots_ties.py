@@ -40,7 +40,8 @@ from merging.thresholds import Thresholds, group_by_density, keep_beyond, own_de
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.quantiles import Rank, Row
+    from merging.ops.quantiles import Row
+    from merging.ops.selection import Rank
     from merging.ops.sparsify import KeepFromThresholds
 
 
@@ -84,10 +85,10 @@ def merge_knots_ties(
     """Merge one tensor, trimmed by itself."""
     import torch
 
-    from merging.ops.sparsify import KeepLargest
+    from merging.ops.sparsify import keep_largest
 
     def keep(parts: list[torch.Tensor]) -> KeepFromThresholds:
-        return KeepLargest(torch.zeros_like(parts[0]), parts, own_densities(task))
+        return keep_largest(torch.zeros_like(parts[0]), parts, own_densities(task))
 
     return _merge_aligned(base, experts, task, keep)
 
@@ -144,7 +145,7 @@ def _rows(base: torch.Tensor, experts: Iterator[torch.Tensor], task: Task) -> li
 
 
 def _ranks(task: Task) -> list[Rank | None]:
-    from merging.ops.quantiles import first_beyond_largest
+    from merging.ops.selection import first_beyond_largest
 
     return [first_beyond_largest(d) if d < 1 else None for d in own_densities(task)]
 

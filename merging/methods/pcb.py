@@ -42,7 +42,8 @@ from merging.thresholds import Thresholds
 if TYPE_CHECKING:
     import torch
 
-    from merging.ops.quantiles import Rank, Row
+    from merging.ops.quantiles import Row
+    from merging.ops.selection import Rank
 
 _OUTLIERS = 0.0001
 """Share of the magnitudes that is clamped at either end."""
@@ -101,7 +102,7 @@ def _pairs(task: Task, number: int) -> list[tuple[float, float]]:
     """Both quantiles of each expert that were found."""
     from merging.ops.quantiles import read_thresholds
 
-    found, _ = read_thresholds(task.given[number])
+    found = [threshold.value for threshold in read_thresholds(task.given[number])]
     return list(zip(found[::2], found[1::2], strict=True))
 
 
@@ -171,9 +172,9 @@ def _group(parameters: PcbParameters, _: Sequence[WeightParameters]) -> Any:
     return parameters.ratio if parameters.scope == "global" else None
 
 
-MAGNITUDES = Thresholds(name="", rows=_magnitudes, ranks=_limits, rows_per_expert=2)
+MAGNITUDES = Thresholds(name="", rows=_magnitudes, ranks=_limits, num_rows=lambda n: 2 * n)
 SCORES = Thresholds(
-    name="score-", rows=_scores, ranks=_ranges, rows_per_expert=2, cost=_scoring_cost
+    name="score-", rows=_scores, ranks=_ranges, num_rows=lambda n: 2 * n, cost=_scoring_cost
 )
 
 register(

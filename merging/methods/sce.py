@@ -14,7 +14,8 @@ Cost: a selection and 16 E N flops for E experts of N entries; E + 6 blocks of s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -23,13 +24,21 @@ from merging.method import (
     Cost,
     Geometry,
     MergeMethod,
+    Staged,
+    Step,
     Task,
     TouchParameters,
     register,
 )
+from merging.sums import sum_of_tiles
+from merging.thresholds import Thresholds
 
 if TYPE_CHECKING:
     import torch
+
+    from merging.ops.quantiles import Row
+    from merging.ops.selection import Rank
+    from merging.ops.sparsify import KeepFromThresholds
 
 
 class SceParameters(TouchParameters):
@@ -54,25 +63,120 @@ def merge_sce(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor. Reports the experts' weights as figures."""
-    from merging.ops.energies import merge_by_energy
+    from merging.ops.energies import find_variance, measure_energies
+    from merging.ops.exact_sums import exact_sum
+    from merging.ops.sparsify import KeepFromThresholds, block_like
 
     assert base is not None
-    merged, weights = merge_by_energy(base, list(experts), task.parameters.select_topk, task.out)
-    task.figures["expert_weights"] = weights
-    return merged
+    tensors = list(experts)
+    share = task.parameters.select_topk
+    keep = None
+    if share < 1:
+        threshold = find_variance(base, tensors, share)
+        keep = KeepFromThresholds([threshold], block_like(base, tensors))
+    energies = measure_energies(base, tensors, keep.afresh() if keep else None)
+    return _merge_selected(base, tensors, task, [exact_sum(terms) for terms in energies], keep)
+
+
+def finish_sce(
+    base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
+) -> torch.Tensor:
+    """Merge the next tile of a tensor, with what passes have found."""
+    assert base is not None
+    tensors = list(experts)
+    keep = _known_selection(base, tensors, task)
+    return _merge_selected(base, tensors, task, task.given[-1].tolist(), keep)
+
+
+def _merge_selected(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    task: Task,
+    energies: Sequence[float],
+    keep: KeepFromThresholds | None,
+) -> torch.Tensor:
+    from merging.ops.energies import merge_by_energy, weights_of
+
+    num_entries = math.prod(task.shape) if task.shape else base.numel()
+    weights = task.figures["expert_weights"] = weights_of(energies, num_entries)
+    return merge_by_energy(base, experts, weights, keep, task.out)
+
+
+def _known_selection(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], task: Task
+) -> KeepFromThresholds | None:
+    """From a threshold that passes have found; the same for all tiles of a tensor."""
+    from merging.ops.quantiles import read_thresholds
+    from merging.ops.selection import NONE
+    from merging.ops.sparsify import KeepFromThresholds, block_like
+
+    if not _selects(task.parameters):
+        return None
+    if "keep" not in task.memory:
+        [found] = read_thresholds(task.given[1])
+        threshold = found if found.value else NONE  # no variance was above 0
+        task.memory["keep"] = KeepFromThresholds([threshold], block_like(base, experts))
+    keep: KeepFromThresholds = task.memory["keep"]
+    return keep
+
+
+def _variances(
+    base: torch.Tensor, experts: Iterator[torch.Tensor], _: Task
+) -> Iterator[Row | None]:
+    """Those above 0."""
+    from merging.ops.energies import TaskVectors
+
+    yield TaskVectors(base, list(experts)).variances_above_0
+
+
+def _ranks(task: Task) -> list[Rank | None]:
+    from merging.ops.energies import share_of_differing
+
+    return [share_of_differing(task.parameters.select_topk)]
+
+
+def _energies(base: torch.Tensor, experts: Sequence[torch.Tensor], task: Task) -> list[list[float]]:
+    from merging.ops.energies import measure_energies
+
+    return measure_energies(base, experts, _known_selection(base, experts, task))
+
+
+def _selects(parameters: SceParameters) -> bool:
+    return parameters.select_topk < 1
 
 
 def sce_cost(geometry: Geometry, parameters: SceParameters) -> Cost:
     """Three passes over the task vectors, and a selection."""
-    del parameters
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
     return Cost(
         flops=(24.0 * num_experts + 20) * num_entries,
-        workspace_bytes=4 * num_entries
-        + num_entries // 4
-        + geometry.block_bytes(num_buffers=num_experts + 12),
+        workspace_bytes=(num_entries // 4 if _selects(parameters) else 0)
+        + _block_bytes(geometry, parameters),
     )
 
+
+def _pass_cost(geometry: Geometry, parameters: SceParameters) -> Cost:
+    """One of them."""
+    flops = (8.0 * geometry.num_experts + 6) * geometry.num_entries
+    return Cost(flops, _block_bytes(geometry, parameters))
+
+
+def _block_bytes(geometry: Geometry, _: SceParameters) -> int:
+    return geometry.block_bytes(num_buffers=geometry.num_experts + 12)
+
+
+_THRESHOLDS = Thresholds(
+    name="",
+    rows=_variances,
+    ranks=_ranks,
+    keeps_ties=lambda _: False,
+    num_rows=lambda _: 1,
+    cost=_pass_cost,
+    needed=_selects,
+)
+_ENERGIES = sum_of_tiles(
+    "energies", _energies, sums_per_expert=1, cost=_pass_cost, needed=lambda _: True
+)
 
 register(
     MergeMethod(
@@ -88,5 +192,9 @@ register(
         parameters=SceParameters,
         separable="whole",
         rounds=True,
+        staged=Staged(
+            reductions=(*_THRESHOLDS.reductions(), _ENERGIES),
+            finish=Step(merge=finish_sce, cost=_pass_cost, rounds=True),
+        ),
     )
 )

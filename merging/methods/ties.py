@@ -32,7 +32,7 @@ from merging.method import (
     WeightParameters,
     register,
 )
-from merging.ops.blocks import block_size, work_dtype
+from merging.norms import norms_pass, with_known_norms
 from merging.thresholds import (
     group_by_density,
     has_global_scope,
@@ -44,6 +44,8 @@ from merging.thresholds import (
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.norms import Norms
+    from merging.ops.sparsify import KeepFromThresholds
     from merging.ops.task_vectors import Sparsify
 
 
@@ -101,16 +103,16 @@ def merge_ties(
     base: torch.Tensor | None, experts: Iterator[torch.Tensor], task: Task
 ) -> torch.Tensor:
     """Merge one tensor."""
-    from merging.ops.bands import RestoreNorms
-    from merging.ops.sparsify import KeepLargest
+    from merging.ops.norms import RestoreNorms, factors_of, measure_norms
+    from merging.ops.sparsify import keep_largest
 
     assert base is not None
     tensors = list(experts)
-    keep = KeepLargest(base, tensors, own_densities(task))
+    keep = keep_largest(base, tensors, own_densities(task))
     if not task.parameters.rescale:
         return _merge_trimmed(base, tensors, task, keep)
-    scaled = RestoreNorms(base, tensors, keep.afresh, work_dtype((base, *tensors)))
-    return _merge_trimmed(base, tensors, task, scaled)
+    norms = measure_norms(base, tensors, keep.afresh())
+    return _merge_trimmed(base, tensors, task, RestoreNorms(keep, factors_of(norms)))
 
 
 def finish_ties(
@@ -119,9 +121,22 @@ def finish_ties(
     """Merge one tensor, or the next tile of one, with thresholds that are known."""
     assert base is not None
     tensors = list(experts)
-    size = min(base.numel(), block_size(base.device))
-    block = base.new_empty(size, dtype=work_dtype((base, *tensors)))
-    return _merge_trimmed(base, tensors, task, keep_beyond(task, block))
+    keep = with_known_norms(_known_trim(base, tensors, task), task)
+    return _merge_trimmed(base, tensors, task, keep)
+
+
+def _known_trim(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], task: Task
+) -> KeepFromThresholds:
+    from merging.ops.sparsify import block_like
+
+    return keep_beyond(task, block_like(base, experts))
+
+
+def _trim_norms(base: torch.Tensor, experts: Sequence[torch.Tensor], task: Task) -> list[Norms]:
+    from merging.ops.norms import measure_norms
+
+    return measure_norms(base, experts, _known_trim(base, experts, task))
 
 
 def _merge_trimmed(
@@ -179,10 +194,9 @@ register(
         separable="whole",
         rounds=True,
         staged=Staged(
-            reductions=THRESHOLDS.reductions(),
+            reductions=(*THRESHOLDS.reductions(), norms_pass(_trim_norms, _finish_cost)),
             finish=Step(merge=finish_ties, cost=_finish_cost, rounds=True),
             group=group_by_density,
-            takes_alone=lambda parameters: not parameters.rescale,
         ),
     )
 )

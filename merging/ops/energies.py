@@ -3,154 +3,205 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from merging.ops.blocks import (
+    TILE_MULTIPLE,
+    as_array,
     block_size,
     blocks_of,
-    inner_product,
+    count_true,
+    keep_where,
+    positions_of,
     result_for,
     rounded_blocks,
     work_dtype,
 )
-from merging.ops.selection import kth_largest, sample_of
+from merging.ops.selection import Rank, Threshold, find_thresholds, sample_of
 from merging.ops.sparsify import KeepFromThresholds
 
 _NO_ENERGY = 1e-6
 
 
+def share_of_differing(share: float) -> Rank:
+    """The last of so large a share of the variances that are not 0."""
+    return lambda size: int(share * size)
+
+
+def find_variance(base: torch.Tensor, experts: Sequence[torch.Tensor], share: float) -> Threshold:
+    """The threshold of the largest variances of a tensor's entries.
+
+    Args:
+        base: Base tensor.
+        experts: Tensors of the same shape.
+        share: Of the entries whose variance is not 0, to be selected.
+    """
+
+    def blocks() -> Iterator[torch.Tensor]:
+        vectors = TaskVectors(base, experts)
+        for block in blocks_of(base.numel(), base.device):
+            yield vectors.variances_above_0(block)
+
+    sampled = [sample_of(tensor.reshape(-1)) for tensor in (base, *experts)]
+    count = sampled[0].numel()
+    sample = TaskVectors(sampled[0], sampled[1:], size=count).variances_above_0(slice(0, count))
+    is_whole = count == base.numel()
+    [found] = find_thresholds(blocks, sample, [share_of_differing(share)], is_whole=is_whole)
+    return found
+
+
+def measure_energies(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], keep: KeepFromThresholds | None
+) -> list[list[float]]:
+    """Sums of squares of each task vector's selected entries, of parts of a tensor or a tile.
+
+    Args:
+        base: Base tensor, or a tile of it.
+        experts: Tensors of the same shape.
+        keep: Says which entries are selected, by their variance; all if left out.
+    """
+    energies: list[list[float]] = [[] for _ in experts]
+    for part in TaskVectors(base, experts).parts():
+        for own, vector in zip(energies, part.select(keep), strict=True):
+            for block in vector.split(TILE_MULTIPLE):
+                doubles = block.to(torch.float64)
+                own.append(float(torch.dot(doubles, doubles)))
+    return energies
+
+
+def weights_of(energies: Sequence[float], num_entries: int) -> list[float]:
+    """Each expert's share in the energy of what is selected.
+
+    Args:
+        energies: Sums of squares of the experts.
+        num_entries: Of the tensor.
+    """
+    means = [energy / max(1, num_entries) for energy in energies]
+    total = sum(means)
+    if total < _NO_ENERGY:
+        return [1 / len(means)] * len(means)
+    return [mean / total for mean in means]
+
+
 def merge_by_energy(
     base: torch.Tensor,
     experts: Sequence[torch.Tensor],
-    share: float,
+    weights: Sequence[float],
+    keep: KeepFromThresholds | None,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[float]]:
-    """Merge one tensor.
+) -> torch.Tensor:
+    """Merge a tensor, or the next tile of one.
 
     Args:
         base: Base tensor, any float dtype.
         experts: Tensors of the same shape.
-        share: Of the entries whose variance is not 0, to be selected.
+        weights: Of the experts.
+        keep: As in :func:`measure_energies`.
         out: Flat, of any float dtype, for the result; by default new, float32 (float64 if an input
             is).
 
     Returns:
-        Tensor of that shape, and the experts' weights.
+        Tensor of the base's shape.
     """
-    vectors = _Vectors(base, experts)
-    vectors.select(share)
-    weights = vectors.weights()
-    merged_N = result_for(base, vectors.dtype, out)
-    blocks = zip(vectors.selected(), rounded_blocks(merged_N, vectors.dtype), strict=True)
-    for (_, origin, parts), (_, total) in blocks:
-        _average_agreeing(total, parts, weights)
-        total.add_(origin)
-    return merged_N.view(base.shape), weights
-
-
-def _average_agreeing(
-    total: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float]
-) -> None:
-    """Write the weighted mean of the entries whose sign is that of the sum; these are used up."""
-    signs = torch.zeros_like(total)
-    for vector in vectors:
-        signs.add_(vector)
-    signs.ge_(0).mul_(2).sub_(1)
-    total.zero_()
-    divisor, share = torch.zeros_like(total), torch.empty_like(total)
-    for vector, weight in zip(vectors, weights, strict=True):
-        share.copy_(vector).sign_().eq_(signs).mul_(weight)
-        divisor.add_(share)
-        total.add_(vector.mul_(share))
-    total.div_(divisor.clamp_(min=_NO_ENERGY))
+    dtype = work_dtype((base, *experts))
+    merged_N = result_for(base, dtype, out)
+    parts = TaskVectors(base, experts).parts()
+    for part, (_, total) in zip(parts, rounded_blocks(merged_N, dtype), strict=True):
+        _average_agreeing(total, part.select(keep), weights, part.spare)
+        total.add_(part.origin)
+    return merged_N.view(base.shape)
 
 
 _Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _Vectors:
+class _Part(NamedTuple):
+    """A block of the base and of all task vectors, and three buffers of its length."""
+
+    origin: torch.Tensor
+    vectors: list[torch.Tensor]
+    spare: _Three
+    variance: torch.Tensor
+
+    def variances(self) -> torch.Tensor:
+        """Over the task vectors, entry by entry.
+
+        By Welford's recurrence, which gives exactly 0 where all are equal. torch's own function
+        goes through entries one by one, which takes fifty times as long.
+        """
+        mean, difference, shift = self.spare
+        mean.copy_(self.vectors[0])
+        variance = self.variance.zero_()
+        for number, vector in enumerate(self.vectors[1:], 2):
+            torch.sub(vector, mean, out=difference)
+            mean.add_(torch.div(difference, number, out=shift))
+            variance.add_(torch.sub(vector, mean, out=shift).mul_(difference))
+        return variance.div_(len(self.vectors))
+
+    def select(self, keep: KeepFromThresholds | None) -> list[torch.Tensor]:
+        """The task vectors, with entries that are not selected made 0."""
+        if keep is not None:
+            is_selected = keep.mark(0, self.variances())
+            for vector in self.vectors:
+                keep_where(vector, is_selected)
+        return self.vectors
+
+
+class TaskVectors:
     """Task vectors of experts, made in blocks as often as they are looked at.
 
-    Attributes:
-        dtype: To compute in.
+    Args:
+        base: Base tensor.
+        experts: Tensors of the same shape.
+        size: Of the longest block, if it is another one than usual.
     """
 
-    def __init__(self, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> None:
-        self.dtype = work_dtype((base, *experts))
+    def __init__(
+        self, base: torch.Tensor, experts: Sequence[torch.Tensor], *, size: int | None = None
+    ) -> None:
         self._base_N = base.reshape(-1)
         self._experts_N = [expert.reshape(-1) for expert in experts]
-        size = min(block_size(base.device), base.numel())
-        self._scratch = torch.empty((4 + len(experts), size), dtype=self.dtype, device=base.device)
-        self._variances_N = torch.empty(0, dtype=self.dtype, device=base.device)
-        self._threshold, self._ties = 0.0, 0
+        size = min(block_size(base.device), base.numel()) if size is None else size
+        dtype = work_dtype((base, *experts))
+        self._scratch = torch.empty((5 + len(experts), size), dtype=dtype, device=base.device)
 
-    def select(self, share: float) -> None:
-        """Choose the entries of largest variance; all are chosen before."""
-        num_entries = self._base_N.numel()
-        if share == 1 or not num_entries:
-            return
-        variances_N = self._variances_N = self._variances_N.new_empty(num_entries)
-        for block, _, parts, spare in self._blocks():
-            _write_variance(variances_N[block], parts, *spare)
-        blocks = variances_N.split(block_size(variances_N.device))
-        count = int(share * sum(int(block.count_nonzero()) for block in blocks))
-        if not count:
-            self._threshold = float("inf")
-            return
-        sample = sample_of(variances_N)
-        self._threshold, above = kth_largest(lambda: iter(blocks), sample, num_entries, count)
-        self._ties = count - above
+    def parts(self) -> Iterator[_Part]:
+        """All blocks in order; see :meth:`at`."""
+        return map(self.at, blocks_of(self._base_N.numel(), self._base_N.device))
 
-    def weights(self) -> list[float]:
-        """Of each expert: its share in the energy of what is selected."""
-        energies = [0.0] * len(self._experts_N)
-        for _, _, parts in self.selected():
-            for number, part in enumerate(parts):
-                energies[number] += inner_product(part, part) / self._base_N.numel()
-        total = sum(energies)
-        if total < _NO_ENERGY:
-            return [1 / len(energies)] * len(energies)
-        return [energy / total for energy in energies]
+    def at(self, block: slice) -> _Part:
+        """A block, in memory that the next one uses again."""
+        buffers = self._scratch[:, : block.stop - block.start]
+        first, second, third, variance, origin, *vectors = buffers
+        origin.copy_(self._base_N[block])
+        for vector, expert_N in zip(vectors, self._experts_N, strict=True):
+            vector.copy_(expert_N[block]).sub_(origin)
+        return _Part(origin, vectors, (first, second, third), variance)
 
-    def selected(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """Blocks of the base and of task vectors, with entries that are not selected made 0."""
-        keep = KeepFromThresholds([self._threshold], [self._ties], self._scratch[0])
-        for block, origin, parts, (mask, *_) in self._blocks():
-            if self._threshold:
-                keep.mark(0, self._variances_N[block], mask)
-                for part in parts:
-                    part.mul_(mask)
-            yield block, origin, parts
-
-    def _blocks(
-        self,
-    ) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor], _Three]]:
-        """Where a block is, the base's and the task vectors', and three buffers of its length."""
-        for block in blocks_of(self._base_N.numel(), self._base_N.device):
-            first, second, third, origin, *parts = self._scratch[:, : block.stop - block.start]
-            origin.copy_(self._base_N[block])
-            for part, expert_N in zip(parts, self._experts_N, strict=True):
-                part.copy_(expert_N[block]).sub_(origin)
-            yield block, origin, parts, (first, second, third)
+    def variances_above_0(self, block: slice) -> torch.Tensor:
+        """The variances of a block's entries without those that are 0, until the next block."""
+        variances = self.at(block).variances()
+        is_above = as_array(variances) > 0
+        if count_true(is_above) == variances.numel():
+            return variances
+        return variances[torch.as_tensor(positions_of(is_above))]
 
 
-def _write_variance(
-    variance: torch.Tensor,
-    vectors: Sequence[torch.Tensor],
-    mean: torch.Tensor,
-    difference: torch.Tensor,
-    shift: torch.Tensor,
+def _average_agreeing(
+    total: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float], spare: _Three
 ) -> None:
-    """Variance over vectors, entry by entry; those are used up.
-
-    By Welford's recurrence, which gives exactly 0 where all are equal. torch's own function goes
-    through entries one by one, which takes fifty times as long.
-    """
-    mean.copy_(vectors[0])
-    variance.zero_()
-    for number, vector in enumerate(vectors[1:], 2):
-        torch.sub(vector, mean, out=difference)
-        mean.add_(torch.div(difference, number, out=shift))
-        variance.add_(vector.sub_(mean).mul_(difference))
-    variance.div_(len(vectors))
+    """Write the weighted mean of the entries whose sign is that of the sum; these are used up."""
+    signs, divisor, share = spare
+    signs.zero_()
+    for vector in vectors:
+        signs.add_(vector)
+    signs.ge_(0).mul_(2).sub_(1)
+    total.zero_()
+    divisor.zero_()
+    for vector, weight in zip(vectors, weights, strict=True):
+        share.copy_(vector).sign_().eq_(signs).mul_(weight)
+        divisor.add_(share)
+        total.add_(vector.mul_(share))
+    total.div_(divisor.clamp_(min=_NO_ENERGY))

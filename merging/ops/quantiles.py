@@ -21,6 +21,7 @@ import torch
 
 from merging.ops.bins import COARSE_BINS, FINE_BINS
 from merging.ops.blocks import blocks_of, work_dtype
+from merging.ops.selection import Rank, Threshold
 
 _LOW_BITS = 16
 _ALL = -1
@@ -29,19 +30,6 @@ In place of a pattern: none."""
 
 Row = Callable[[slice], torch.Tensor]
 """The non-negative numbers of a block of a tensor's, or a tile's, flat entries."""
-
-Rank = Callable[[int], int]
-"""Which of so many numbers is sought, counted from the largest, which is 1."""
-
-
-def last_of_largest(share: float) -> Rank:
-    """The last of so large a share of the numbers, the largest; at least the first."""
-    return lambda size: max(1, int(share * size))
-
-
-def first_beyond_largest(share: float) -> Rank:
-    """The first that is not of the share: the (D - ⌊share D⌋)-th smallest of D."""
-    return lambda size: min(int(share * size) + 1, size)
 
 
 def row_of(numbers_N: torch.Tensor) -> Row:
@@ -142,11 +130,12 @@ def choose_fine(
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def read_thresholds(found_R2: torch.Tensor) -> tuple[list[float], list[float]]:
-    """The numbers, and how many equal to each are kept, of :func:`choose_fine`'s result."""
+def read_thresholds(found_R2: torch.Tensor) -> list[Threshold]:
+    """What :func:`choose_fine` found."""
     patterns, ties = found_R2.cpu().view(-1, 2).unbind(1)
-    thresholds = patterns.to(torch.int32).view(torch.float32).tolist()
-    return thresholds, [math.inf if count == _ALL else count for count in ties.tolist()]
+    values = patterns.to(torch.int32).view(torch.float32).tolist()
+    counts = [math.inf if count == _ALL else count for count in ties.tolist()]
+    return [Threshold(*pair) for pair in zip(values, counts, strict=True)]
 
 
 class _Counter:

@@ -6,62 +6,107 @@ Both are used as the ``sparsify`` argument of :func:`merging.ops.task_vectors.co
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from merging.ops.blocks import block_size, blocks_of, keep_where, work_dtype
-from merging.ops.selection import kth_largest, sample_of
+from merging.ops.blocks import (
+    as_array,
+    block_size,
+    blocks_of,
+    count_true,
+    keep_where,
+    positions_of,
+    work_dtype,
+)
+from merging.ops.selection import (
+    ALL,
+    Rank,
+    Threshold,
+    find_thresholds,
+    last_of_largest,
+    sample_of,
+)
 
 
 class KeepFromThresholds:
     """Keeps entries above a threshold, and so many of those equal to it, lowest flat index first.
 
     Args:
-        thresholds: One for each expert; 0 keeps everything.
-        ties: Entries equal to the threshold that are kept, likewise.
+        thresholds: One for each expert.
         like: Flat tensor of the work dtype, as long as the longest tile to come (or a block).
     """
 
-    def __init__(
-        self, thresholds: Sequence[float], ties: Sequence[float], like: torch.Tensor
-    ) -> None:
-        self._thresholds = list(thresholds)
-        self._ties_left = list(ties)
+    def __init__(self, thresholds: Sequence[Threshold], like: torch.Tensor) -> None:
+        self._all = thresholds
+        self._thresholds = [threshold.value for threshold in thresholds]
+        self._ties_left: list[float] = [threshold.ties for threshold in thresholds]
         size = min(block_size(like.device), like.numel())
-        self._scratch = torch.empty((2, size), dtype=like.dtype, device=like.device)
+        self._scratch = torch.empty(size, dtype=like.dtype, device=like.device)
 
-    def afresh(self) -> KeepFromThresholds:
-        """The same for another pass over the tensors; to be taken before the first."""
-        return KeepFromThresholds(self._thresholds, self._ties_left, self._scratch[0])
+    def afresh(self) -> Self:
+        """The same for another pass over the tensors."""
+        return type(self)(self._all, self._scratch)
 
     def __call__(self, expert: int, task_vector_N: torch.Tensor, start: int) -> None:  # noqa: ARG002 - Sparsify
         """Zero the entries of a block that are not kept; blocks must come in order."""
         if self._thresholds[expert] > 0:
-            magnitudes, mask = self._scratch[:, : task_vector_N.numel()]
-            torch.abs(task_vector_N, out=magnitudes)
-            task_vector_N.mul_(self.mark(expert, magnitudes, mask))
+            magnitudes = torch.abs(task_vector_N, out=self._scratch[: task_vector_N.numel()])
+            keep_where(task_vector_N, self.mark(expert, magnitudes))
 
-    def mark(self, expert: int, magnitudes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Make ``mask`` 1 where an entry of the next block is kept, and 0 elsewhere."""
+    def mark(self, expert: int, magnitudes: torch.Tensor) -> Any:
+        """Which entries of the next block are kept: truth values for :func:`keep_where`."""
         threshold, ties_left = self._thresholds[expert], self._ties_left[expert]
+        values = as_array(magnitudes)
         if threshold == 0:
-            return mask.fill_(1)
+            return ~(values < 0)
         if not ties_left:
-            return mask.copy_(magnitudes).gt_(threshold)
-        num_ties = int(mask.copy_(magnitudes).eq_(threshold).sum())
+            return values > threshold
+        is_kept = values >= threshold
+        is_tie = values == threshold
+        num_ties = count_true(is_tie)
         self._ties_left[expert] = max(0, ties_left - num_ties)
-        surplus = mask.nonzero().view(-1)[int(ties_left) :] if num_ties > ties_left else None
-        mask.copy_(magnitudes).ge_(threshold)
-        if surplus is not None:
-            mask[surplus] = 0
-        return mask
+        if num_ties > ties_left:
+            is_kept[positions_of(is_tie)[int(ties_left) :]] = False
+        return is_kept
 
 
-class KeepCounts(KeepFromThresholds):
-    """Keeps so many entries of largest magnitude of each task vector.
+def find_magnitudes(
+    base: torch.Tensor, expert: torch.Tensor, ranks: Sequence[Rank | None]
+) -> list[Threshold]:
+    """The exact thresholds of ranks among a task vector's magnitudes; None means all of them.
+
+    Args:
+        base: Base tensor.
+        expert: Of the same shape.
+        ranks: Of the tensor's number of entries.
+    """
+    sought = [rank for rank in ranks if rank is not None]
+    base_N, expert_N = base.reshape(-1), expert.reshape(-1)
+    dtype = work_dtype((base, expert))
+
+    def blocks() -> Iterator[torch.Tensor]:
+        size = min(block_size(base.device), base.numel())
+        scratch = torch.empty((2, size), dtype=dtype, device=base.device)
+        for block in blocks_of(base.numel(), base.device):
+            magnitudes, origin = scratch[:, : block.stop - block.start]
+            origin.copy_(base_N[block])
+            yield magnitudes.copy_(expert_N[block]).sub_(origin).abs_()
+
+    found: Iterator[Threshold] = iter(())
+    if sought:
+        sample = (sample_of(expert_N).to(dtype) - sample_of(base_N).to(dtype)).abs_()
+        is_whole = sample.numel() == base.numel()
+        found = iter(find_thresholds(blocks, sample, sought, is_whole=is_whole))
+    return [ALL if rank is None else next(found) for rank in ranks]
+
+
+def keep_largest(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], densities: Sequence[float]
+) -> KeepFromThresholds:
+    """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
 
     Of equal magnitudes at the threshold those with the lowest flat index are kept: bfloat16 task
     vectors are full of equal magnitudes, and what is kept must not depend on how they were sorted.
@@ -69,52 +114,19 @@ class KeepCounts(KeepFromThresholds):
     Args:
         base: Base tensor.
         experts: Tensors of the same shape.
-        counts: Entries to keep of each.
-    """
-
-    def __init__(
-        self, base: torch.Tensor, experts: Sequence[torch.Tensor], counts: Sequence[int]
-    ) -> None:
-        like = base.new_empty(
-            min(block_size(base.device), base.numel()), dtype=work_dtype((base, *experts))
-        )
-        super().__init__([], [], like)
-        for expert, num_kept in zip(experts, counts, strict=True):
-            threshold, num_ties = (0.0 if num_kept else math.inf), 0
-            if 0 < num_kept < base.numel():
-                threshold, num_above = self._kth_magnitude(base, expert, num_kept)
-                num_ties = num_kept - num_above
-            self._thresholds.append(threshold)
-            self._ties_left.append(num_ties)
-
-    def _kth_magnitude(self, base: torch.Tensor, expert: torch.Tensor, k: int) -> tuple[float, int]:
-        """Exact k-th largest magnitude of a task vector, and how many are larger."""
-        base_N, expert_N = base.reshape(-1), expert.reshape(-1)
-        dtype = self._scratch.dtype
-
-        def blocks() -> Iterator[torch.Tensor]:
-            for block in blocks_of(base.numel(), base.device):
-                magnitudes, origin = self._scratch[:, : base_N[block].numel()]
-                origin.copy_(base_N[block])
-                yield magnitudes.copy_(expert_N[block]).sub_(origin).abs_()
-
-        sample = (sample_of(expert_N).to(dtype) - sample_of(base_N).to(dtype)).abs_()
-        return kth_largest(blocks, sample, base.numel(), k)
-
-
-class KeepLargest(KeepCounts):
-    """Keeps exactly ``max(1, ⌊density · N⌋)`` entries of largest magnitude of each task vector.
-
-    Args:
-        base: Base tensor.
-        experts: Tensors of the same shape.
         densities: Share to keep of each, in (0, 1].
     """
+    thresholds = [
+        find_magnitudes(base, expert, [last_of_largest(density) if density < 1 else None])[0]
+        for expert, density in zip(experts, densities, strict=True)
+    ]
+    return KeepFromThresholds(thresholds, block_like(base, experts))
 
-    def __init__(
-        self, base: torch.Tensor, experts: Sequence[torch.Tensor], densities: Sequence[float]
-    ) -> None:
-        super().__init__(base, experts, [max(1, int(d * base.numel())) for d in densities])
+
+def block_like(base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An uninitialised block, or a tensor's length if that is less, of the work dtype."""
+    size = min(base.numel(), block_size(base.device))
+    return base.new_empty(size, dtype=work_dtype((base, *experts)))
 
 
 class KeepRandom:
@@ -165,7 +177,21 @@ class KeepRandom:
             task_vector_N.div_(density)
 
     def uniform_int32(self, expert: int, first: int, count: int) -> torch.Tensor:
-        """Uniform 32-bit integers for the entries ``first … first + count - 1``, of a block."""
+        """Uniform 32-bit integers for the entries ``first … first + count - 1``.
+
+        The next call may use their memory again.
+        """
+        size = 2 * (len(self._steps) - 1)
+        if count <= size:
+            return self._draw(expert, first, count)
+        drawn = [
+            self._draw(expert, first + start, min(size, count - start)).clone()
+            for start in range(0, count, size)
+        ]
+        return torch.cat(drawn)
+
+    def _draw(self, expert: int, first: int, count: int) -> torch.Tensor:
+        """Those of entries of a block, in memory that the next call uses again."""
         pair, skip = divmod(first, 2)
         num_pairs = (skip + count + 1) // 2
         state, scratch = self._state[:num_pairs], self._scratch[:num_pairs]

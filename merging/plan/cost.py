@@ -2,10 +2,10 @@
 
 What a worker holds while it works on one problem, from how it works:
 
-- A method that can be cut anywhere, and a copy, runs in *tiles* whose inputs share a quarter of
-  the memory budget (64 MiB at the most). Held: one tile of every source, the method's workspace
-  for a tile, and the tile's result in its output type (the whole result of a sum or fold over
-  tiles).
+- A method that can be cut anywhere (or between rows), and a copy, runs in *tiles* whose inputs
+  share a quarter of the memory budget (64 MiB at the most). Held: one tile of every source, the
+  method's workspace for a tile, and the tile's result in its output type (the whole result of a
+  sum or fold over tiles).
 - What a problem is given of earlier passes is held beside that.
 - A streaming method holds the base and two experts (one worked on, one arriving); other methods
   hold all their inputs. Added: the method's workspace, in which its float32 result is counted
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -188,11 +189,19 @@ def group_limit(memory_budget: int) -> int:
     return max(_MIN_GROUP_BYTES, min(_MAX_GROUP_BYTES, memory_budget // 4))
 
 
-def tile_entries(num_entries: int, bytes_read: int, memory_budget: int) -> int:
-    """Entries of one tile of a problem that can be cut anywhere."""
+def tile_entries(
+    num_entries: int, bytes_read: int, memory_budget: int, unit: int = TILE_MULTIPLE
+) -> int:
+    """Entries of one tile of a problem that can be cut at multiples of a unit."""
     per_entry = max(1, bytes_read // max(num_entries, 1))
-    fitting = group_limit(memory_budget) // per_entry // TILE_MULTIPLE * TILE_MULTIPLE
-    return max(TILE_MULTIPLE, fitting)
+    return max(unit, group_limit(memory_budget) // per_entry // unit * unit)
+
+
+def tile_unit(steps: Sequence[Step | None], shape: Sequence[int]) -> int:
+    """Entries at whose multiples a tensor of this shape may be cut into tiles."""
+    if any(step is not None and step.by_row for step in steps):
+        return max(1, math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape))
+    return TILE_MULTIPLE
 
 
 def expansion_flops(num_entries: int, ranks: Sequence[int]) -> float:
@@ -267,7 +276,8 @@ def _cost(
     inputs = load.base_bytes + sum(load.expert_bytes)
     if is_tiled(steps):
         expanded = inputs + _FLOAT32_BYTES * entries * load.num_made
-        tile = min(entries, tile_entries(entries, expanded, budgets.host))
+        unit = tile_unit(steps, load.shape)
+        tile = min(entries, tile_entries(entries, expanded, budgets.host, unit))
         inputs = -(-inputs * tile // max(entries, 1))
         if tile < entries:
             geometry = Geometry(

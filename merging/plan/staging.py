@@ -54,6 +54,7 @@ class _Wanted(NamedTuple):
             *(
                 (r.name, r.entries(geometry, self.parameters), r.dtype, r.map.separable, r.map.flat)
                 for r in self.staged.reductions
+                if r.needed(self.parameters)
             ),
         ]
 
@@ -90,10 +91,12 @@ class Staging:
         given: dict[int, list[tuple[Source, ...]]] = {p: [()] * len(passes) for p in places}
         for reductions in zip(*(staged.reductions for staged in passes if staged), strict=True):
             name = reductions[0].name
-            maps = [self._map(reductions[0], problems[place], given[place]) for place in places]
-            found = dict(zip(places, self._stages.write_each(maps, name), strict=True))
+            reduced = [place for place in places if self._needs(problems[place], reductions[0])]
+            needing = [one for one in groups if self._needs(problems[one[1][0]], reductions[0])]
+            maps = [self._map(reductions[0], problems[place], given[place]) for place in reduced]
+            found |= zip(reduced, self._stages.write_each(maps, name), strict=True)
             if reductions[0].combine is None:
-                results = [found[place][variant] for variant, [place] in groups]
+                results = [found[place][variant] for variant, [place] in needing]
             else:
                 combinations = [
                     self._combination(
@@ -103,17 +106,22 @@ class Staging:
                         [found[place][variant] for place in group],
                         given[group[0]][variant],
                     )
-                    for number, (variant, group) in enumerate(groups)
+                    for number, (variant, group) in enumerate(needing)
                 ]
                 results = self._stages.write(combinations, name + COMBINED)
-            for (variant, group), result in zip(groups, results, strict=True):
+            for (variant, group), result in zip(needing, results, strict=True):
                 for place in group:
                     given[place][variant] += (result,)
         for place in places:
             [staged, *_] = passes
             assert staged is not None
-            finals[place] = self._finish(staged, problems[place], found[place], given[place])
+            last = found.get(place, ())
+            finals[place] = self._finish(staged, problems[place], last, given[place])
         return finals
+
+    def _needs(self, problem: Problem, reduction: Reduction) -> bool:
+        """Whether a tensor's parameters ask for a pass; those of all variants do, or of none."""
+        return reduction.needed(self._wanted(problem)[0].parameters)
 
     def _is_staged(self, problem: Problem) -> bool:
         """Whether a tensor takes several passes: a variant needs them, or it is too large else."""
@@ -200,7 +208,7 @@ class Staging:
     def _finish(
         self, staged: Staged, problem: Problem, found: Sequence[Source], given: _Each
     ) -> Problem:
-        """The merge of one tensor."""
+        """The merge of one tensor; the last map, if there was one, found something of it."""
         if staged.keeps_map:
             entries = problem.num_entries
             own = tuple(part_of(source, slice(entries)) for source in dict.fromkeys(found))
@@ -229,8 +237,7 @@ def _wanted(variant: AppliedVariant) -> _Wanted:
         variant.parameters,
         [method.expert_parameters.model_validate(expert) for expert in experts],
     )
-    is_same = key is not None or method.staged.takes_alone(variant.parameters)
-    return _Wanted(method.staged if is_same else None, key, variant.parameters)
+    return _Wanted(method.staged, key, variant.parameters)
 
 
 def _are_alike(one: _Wanted, other: _Wanted, problem: Problem) -> bool:

@@ -10,11 +10,10 @@ from merging.ops.quantiles import (
     choose_fine,
     count_coarse,
     count_fine,
-    first_beyond_largest,
-    last_of_largest,
     magnitudes,
     read_thresholds,
 )
+from merging.ops.selection import first_beyond_largest, last_of_largest
 
 
 def task_vector(size: int, kind: str) -> torch.Tensor:
@@ -55,7 +54,8 @@ def test_thresholds_over_parts_and_tiles_are_those_of_the_whole(
         coarse, [rank(density) if density < 1 else None for density in densities]
     )
     fine = parts(lambda found, size, **k: count_fine(found, chosen, size, device, **k))
-    thresholds, ties = read_thresholds(choose_fine(fine, chosen, keeps_ties=keeps_ties))
+    found = read_thresholds(choose_fine(fine, chosen, keeps_ties=keeps_ties))
+    thresholds, ties = zip(*found, strict=True)
     for expert, density in enumerate(densities[:2]):
         whole = torch.cat([large[expert], small[expert]]).abs()
         kept = int(density * whole.numel())
