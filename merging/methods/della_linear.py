@@ -9,9 +9,9 @@ paper divides every entry by its own probability (the same on average).
 Needs the base model. Not separable: ranks are those of whole rows, norms those of whole tensors.
 Precision: task vectors in float32 (float64 if an input is), one rounding at the end.
 Deterministic given the seed: each random bit is a function of (seed, expert's position, tensor
-name, flat index), whatever the order or the device; of equal magnitudes the lower index ranks
-lower.
-Cost: a sort of every row; E + 8 blocks of scratch for E experts, or as many rows.
+name, flat index), whatever the order, the cut or the device; equal magnitudes are kept with equal
+probability, the mean of those of their ranks.
+Cost: a sort of every row; E + 18 blocks of scratch for E experts, or as many rows.
 """
 
 from __future__ import annotations

@@ -22,6 +22,23 @@ def test_larger_entries_of_a_row_are_kept_more_often_in_equal_steps() -> None:
     assert abs(shares.mean() - DENSITY) < 0.01
 
 
+def test_equal_entries_are_kept_as_often_as_ranks_in_any_order_would_have_them() -> None:
+    base = torch.zeros(40, 64)
+    expert = torch.tensor([1.0] * 16 + [2.0] * 47 + [3.0]).repeat(40, 1)
+    shares = np.mean([_kept(seed, expert, base) for seed in range(60)], axis=(0, 1))
+    by_rank = np.linspace(DENSITY - EPSILON, DENSITY + EPSILON, 64)
+    for group in (slice(0, 16), slice(16, 63), slice(63, 64)):
+        assert np.abs(shares[group] - by_rank[group].mean()).max() < 5 * np.sqrt(0.25 / 2400)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.25])
+def test_a_row_of_one_entry_is_kept_with_the_density(epsilon: float) -> None:
+    base, expert = torch.zeros(20_000, 1), torch.ones(20_000, 1)
+    parameters = {"density": DENSITY, "epsilon": epsilon}
+    merged = merge("della", base, [expert], {"rescale": False}, parameters)
+    assert abs(float((merged != 0).double().mean()) - DENSITY) < 0.02
+
+
 def test_ranks_are_those_of_a_row_whatever_its_size() -> None:
     base, (expert,) = make_models((40, 64), 1)
     scaled = base + (expert - base) * torch.logspace(-2, 2, 40)[:, None]
