@@ -63,7 +63,7 @@ class ByAngles:
         num_inputs = self._num_inputs(geometry.num_experts)
         return Cost(
             flops=(num_inputs**2 + 5.0 * num_inputs) * geometry.num_entries,
-            workspace_bytes=geometry.block_bytes(num_buffers=2 * num_inputs + 3)
+            workspace_bytes=geometry.block_bytes(num_buffers=4 * num_inputs + 4)
             + _WEIGHING * _ITEM * self._num_products(geometry, parameters),
         )
 
@@ -134,7 +134,7 @@ class ByAngles:
         num_inputs = self._num_inputs(geometry.num_experts)
         return Cost(
             flops=(num_inputs**2 + 2.0 * num_inputs) * geometry.num_entries,
-            workspace_bytes=geometry.block_bytes(num_buffers=2 * num_inputs + 3),
+            workspace_bytes=geometry.block_bytes(num_buffers=4 * num_inputs + 4),
         )
 
 
