@@ -36,6 +36,7 @@ from merging.thresholds import Thresholds
 if TYPE_CHECKING:
     import torch
 
+    from merging.ops.masks import Mask
     from merging.ops.quantiles import Row
     from merging.ops.selection import Rank
     from merging.ops.sparsify import KeepFromThresholds
@@ -65,17 +66,19 @@ def merge_sce(
     """Merge one tensor. Reports the experts' weights as figures."""
     from merging.ops.energies import find_variance, measure_energies
     from merging.ops.exact_sums import exact_sum
+    from merging.ops.masks import Mask
     from merging.ops.sparsify import KeepFromThresholds, block_like
 
     assert base is not None
     tensors = list(experts)
     share = task.parameters.select_topk
-    keep = None
+    keep = mask = None
     if share < 1:
         threshold = find_variance(base, tensors, share)
         keep = KeepFromThresholds([threshold], block_like(base, tensors))
-    energies = measure_energies(base, tensors, keep.afresh() if keep else None)
-    return _merge_selected(base, tensors, task, [exact_sum(terms) for terms in energies], keep)
+        mask = Mask(base.numel(), base.device)
+    energies = measure_energies(base, tensors, keep, mask)
+    return _merge_selected(base, tensors, task, [exact_sum(terms) for terms in energies], mask)
 
 
 def finish_sce(
@@ -93,7 +96,7 @@ def _merge_selected(
     experts: Sequence[torch.Tensor],
     task: Task,
     energies: Sequence[float],
-    keep: KeepFromThresholds | None,
+    keep: KeepFromThresholds | Mask | None,
 ) -> torch.Tensor:
     from merging.ops.energies import merge_by_energy, weights_of
 
@@ -148,9 +151,10 @@ def _selects(parameters: SceParameters) -> bool:
 def sce_cost(geometry: Geometry, parameters: SceParameters) -> Cost:
     """Three passes over the task vectors, and a selection."""
     num_entries, num_experts = geometry.num_entries, geometry.num_experts
+    selecting = num_entries // 4 + num_entries // (8 if geometry.on_host else 1)
     return Cost(
         flops=(24.0 * num_experts + 20) * num_entries,
-        workspace_bytes=(num_entries // 4 if _selects(parameters) else 0)
+        workspace_bytes=(selecting if _selects(parameters) else 0)
         + _block_bytes(geometry, parameters),
     )
 

@@ -9,15 +9,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from merging.ops.blocks import as_array, block_size, keep_where
+from merging.ops.masks import Mask
 from merging.ops.norms import Norms, norms_of_rows
 from merging.ops.sparsify import KeepRandom
 
 _LEAST, _MOST = -(2**31), 2**31 - 1
 """Below and beyond all keys."""
+
+
+_MOST_IN_FLOAT32 = 1 << 15
+"""Columns whose numbers have bits to spare in float32."""
 
 
 class KeepByRank:
@@ -54,7 +58,7 @@ class KeepByRank:
     ) -> None:
         self._random = random
         self._offset = offset
-        self._kept: list[_Mask | None] = []
+        self._kept: list[Mask | None] = []
         self.norms: list[Norms] = []
         for number, (expert, one) in enumerate(zip(experts, parameters, strict=True)):
             self.norms.append(Norms([], []))
@@ -66,12 +70,10 @@ class KeepByRank:
         if mask is not None:
             keep_where(task_vector_N, mask.read(start, task_vector_N.numel()))
 
-    def _draw(
-        self, base: torch.Tensor, expert: torch.Tensor, number: int, parameters: Any
-    ) -> _Mask:
+    def _draw(self, base: torch.Tensor, expert: torch.Tensor, number: int, parameters: Any) -> Mask:
         """Decide about all entries of an expert, some rows at a time."""
         columns = base.shape[1]
-        mask = _Mask(base.numel(), base.device)
+        mask = Mask(base.numel(), base.device)
         for rows in _groups(base):
             origin = base[rows].to(torch.float32)
             magnitudes = expert[rows].to(torch.float32, copy=True).sub_(origin).abs_()
@@ -131,33 +133,7 @@ def _needed(keys: torch.Tensor, uniform: torch.Tensor, parameters: Any) -> torch
     spread = 2.0 * parameters.epsilon * 2.0**32 if columns > 1 else 0.0
     steps = max(columns - 1, 1) / max(spread, 1.0)
     lowest = (parameters.density - 0.5) * 2.0**32 - spread / 2
-    ranks = uniform.to(torch.float64).mul_(steps).add_(1 - lowest * steps)
+    # In float32 an error of at most 2⁻⁸ of a rank moves probabilities by less than a step of them.
+    dtype = torch.float32 if columns <= _MOST_IN_FLOAT32 else torch.float64
+    ranks = uniform.to(dtype).mul_(steps).add_(1 - lowest * steps)
     return ladder.gather(1, ranks.clamp_(0, columns).to(torch.int64))
-
-
-class _Mask:
-    """Truth values of a tensor's entries: bits on a CPU, bytes elsewhere."""
-
-    def __init__(self, num_entries: int, device: torch.device) -> None:
-        self._bits = np.empty(0, dtype=np.uint8)
-        self._bytes = torch.empty(0, dtype=torch.bool, device=device)
-        self._is_packed = device.type == "cpu"
-        if self._is_packed:
-            self._bits = np.empty(-(-num_entries // 8), dtype=np.uint8)
-        else:
-            self._bytes = self._bytes.new_empty(num_entries)
-
-    def write(self, start: int, values: Any) -> None:
-        """Those of the entries from ``start``, a multiple of 8."""
-        if self._is_packed:
-            packed = np.packbits(values)
-            self._bits[start // 8 : start // 8 + len(packed)] = packed
-        else:
-            self._bytes[start : start + len(values)] = values
-
-    def read(self, start: int, count: int) -> Any:
-        """Those of so many entries from ``start``, a multiple of 8, as an array or a tensor."""
-        if not self._is_packed:
-            return self._bytes[start : start + count]
-        packed = self._bits[start // 8 : -(-(start + count) // 8)]
-        return np.unpackbits(packed, count=count).view(np.bool_)

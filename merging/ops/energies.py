@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from merging.ops.blocks import (
@@ -12,13 +13,13 @@ from merging.ops.blocks import (
     as_array,
     block_size,
     blocks_of,
-    count_true,
     keep_where,
     positions_of,
     result_for,
     rounded_blocks,
     work_dtype,
 )
+from merging.ops.masks import Mask
 from merging.ops.selection import Rank, Threshold, find_thresholds, sample_of
 from merging.ops.sparsify import KeepFromThresholds
 
@@ -41,19 +42,23 @@ def find_variance(base: torch.Tensor, experts: Sequence[torch.Tensor], share: fl
 
     def blocks() -> Iterator[torch.Tensor]:
         vectors = TaskVectors(base, experts)
-        for block in blocks_of(base.numel(), base.device):
-            yield vectors.variances_above_0(block)
+        for part in vectors.parts():
+            yield part.variances()
 
     sampled = [sample_of(tensor.reshape(-1)) for tensor in (base, *experts)]
     count = sampled[0].numel()
     sample = TaskVectors(sampled[0], sampled[1:], size=count).variances_above_0(slice(0, count))
     is_whole = count == base.numel()
-    [found] = find_thresholds(blocks, sample, [share_of_differing(share)], is_whole=is_whole)
+    rank = share_of_differing(share)
+    [found] = find_thresholds(blocks, sample, [rank], is_whole=is_whole, skips_zeros=True)
     return found
 
 
 def measure_energies(
-    base: torch.Tensor, experts: Sequence[torch.Tensor], keep: KeepFromThresholds | None
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    keep: KeepFromThresholds | None,
+    mask: Mask | None = None,
 ) -> list[list[float]]:
     """Sums of squares of each task vector's selected entries, of parts of a tensor or a tile.
 
@@ -61,10 +66,11 @@ def measure_energies(
         base: Base tensor, or a tile of it.
         experts: Tensors of the same shape.
         keep: Says which entries are selected, by their variance; all if left out.
+        mask: Is told which these are.
     """
     energies: list[list[float]] = [[] for _ in experts]
     for part in TaskVectors(base, experts).parts():
-        for own, vector in zip(energies, part.select(keep), strict=True):
+        for own, vector in zip(energies, part.select(keep, mask), strict=True):
             for block in vector.split(TILE_MULTIPLE):
                 doubles = block.to(torch.float64)
                 own.append(float(torch.dot(doubles, doubles)))
@@ -89,7 +95,7 @@ def merge_by_energy(
     base: torch.Tensor,
     experts: Sequence[torch.Tensor],
     weights: Sequence[float],
-    keep: KeepFromThresholds | None,
+    keep: KeepFromThresholds | Mask | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Merge a tensor, or the next tile of one.
@@ -98,7 +104,7 @@ def merge_by_energy(
         base: Base tensor, any float dtype.
         experts: Tensors of the same shape.
         weights: Of the experts.
-        keep: As in :func:`measure_energies`.
+        keep: As in :func:`measure_energies`, or what that has told.
         out: Flat, of any float dtype, for the result; by default new, float32 (float64 if an input
             is).
 
@@ -118,8 +124,9 @@ _Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Part(NamedTuple):
-    """A block of the base and of all task vectors, and three buffers of its length."""
+    """A block of the base and of all task vectors, three buffers of its length, and its place."""
 
+    start: int
     origin: torch.Tensor
     vectors: list[torch.Tensor]
     spare: _Three
@@ -132,20 +139,34 @@ class _Part(NamedTuple):
         goes through entries one by one, which takes fifty times as long.
         """
         mean, difference, shift = self.spare
-        mean.copy_(self.vectors[0])
-        variance = self.variance.zero_()
-        for number, vector in enumerate(self.vectors[1:], 2):
-            torch.sub(vector, mean, out=difference)
-            mean.add_(torch.div(difference, number, out=shift))
-            variance.add_(torch.sub(vector, mean, out=shift).mul_(difference))
-        return variance.div_(len(self.vectors))
+        first, *others = self.vectors
+        if not others:
+            return self.variance.zero_()
+        for number, vector in enumerate(others, 2):
+            last = first if number == 2 else mean
+            torch.sub(vector, last, out=difference)
+            torch.add(last, torch.div(difference, number, out=shift), out=mean)
+            torch.sub(vector, mean, out=shift)
+            if number == 2:
+                torch.mul(shift, difference, out=self.variance)
+            else:
+                self.variance.add_(shift.mul_(difference))
+        return self.variance.div_(len(self.vectors))
 
-    def select(self, keep: KeepFromThresholds | None) -> list[torch.Tensor]:
-        """The task vectors, with entries that are not selected made 0."""
-        if keep is not None:
+    def select(
+        self, keep: KeepFromThresholds | Mask | None, mask: Mask | None = None
+    ) -> list[torch.Tensor]:
+        """The task vectors, with entries that are not selected made 0; a mask is told which."""
+        if keep is None:
+            return self.vectors
+        if isinstance(keep, Mask):
+            is_selected = keep.read(self.start, self.origin.numel())
+        else:
             is_selected = keep.mark(0, self.variances())
-            for vector in self.vectors:
-                keep_where(vector, is_selected)
+            if mask is not None:
+                mask.write(self.start, is_selected)
+        for vector in self.vectors:
+            keep_where(vector, is_selected)
         return self.vectors
 
 
@@ -178,15 +199,14 @@ class TaskVectors:
         origin.copy_(self._base_N[block])
         for vector, expert_N in zip(vectors, self._experts_N, strict=True):
             vector.copy_(expert_N[block]).sub_(origin)
-        return _Part(origin, vectors, (first, second, third), variance)
+        return _Part(block.start, origin, vectors, (first, second, third), variance)
 
     def variances_above_0(self, block: slice) -> torch.Tensor:
         """The variances of a block's entries without those that are 0, until the next block."""
         variances = self.at(block).variances()
-        is_above = as_array(variances) > 0
-        if count_true(is_above) == variances.numel():
-            return variances
-        return variances[torch.as_tensor(positions_of(is_above))]
+        is_above = as_array(variances) != 0
+        above = as_array(variances)[positions_of(is_above)]
+        return torch.from_numpy(above) if isinstance(above, np.ndarray) else above
 
 
 def _average_agreeing(

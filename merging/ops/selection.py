@@ -65,7 +65,12 @@ def sample_of(values_N: torch.Tensor) -> torch.Tensor:
 
 
 def find_thresholds(
-    blocks: Blocks, sample: torch.Tensor, ranks: Sequence[Rank], *, is_whole: bool = False
+    blocks: Blocks,
+    sample: torch.Tensor,
+    ranks: Sequence[Rank],
+    *,
+    is_whole: bool = False,
+    skips_zeros: bool = False,
 ) -> list[Threshold]:
     """The exact threshold of each rank. NaN counts as largest.
 
@@ -74,20 +79,22 @@ def find_thresholds(
         sample: Some of them, as :func:`sample_of` chooses them.
         ranks: Of how many values there are.
         is_whole: The sample is all of them.
+        skips_zeros: Zeros among the values of the blocks, not of the sample, do not count.
     """
     if is_whole:
         return [_select(sample, rank(sample.numel())) for rank in ranks]
     ascending = np.sort(sample.cpu().numpy())  # ten times as fast as torch, which sorts indices too
-    searches = [_Search(ascending, rank) for rank in ranks]
+    searches = [_Search(ascending, rank, 0.0 if skips_zeros else -1.0) for rank in ranks]
     while pending := [search for search in searches if search.found is None]:
-        num_entries = 0
+        num_values = num_zeros = 0
         for block in blocks():
             values = as_array(block)
-            num_entries += len(values)
+            num_values += len(values)
+            num_zeros += count_true(values == 0) if skips_zeros else 0
             for search in pending:
                 search.look(values)
         for search in pending:
-            search.conclude(num_entries)
+            search.conclude(num_values, num_zeros)
     return [search.found for search in searches if search.found is not None]
 
 
@@ -98,15 +105,16 @@ class _Search:
         found: The threshold, once a pass has found it.
     """
 
-    def __init__(self, ascending: np.ndarray, rank: Rank) -> None:
+    def __init__(self, ascending: np.ndarray, rank: Rank, floor: float) -> None:
         self.found: Threshold | None = None
         self._rank = rank
+        self._floor = floor  # below all values that count
         count = ascending.size
         k = rank(count)
         margin = _DEVIATIONS * math.sqrt(k * max(0, 1 - k / max(1, count))) + 1
         first, last = math.floor(k - margin), math.ceil(k + margin)
         high = float(ascending[count - 1 - first]) if 0 <= first < count else math.inf
-        self._search(float(ascending[count - 1 - last]) if last < count else -1.0, high)
+        self._search(float(ascending[count - 1 - last]) if last < count else floor, high)
 
     def _search(self, low: float, high: float) -> None:
         self._low, self._high = low, high
@@ -121,13 +129,13 @@ class _Search:
         for number, mask in enumerate(masks):
             self._counts[number] += count_true(mask)
 
-    def conclude(self, num_entries: int) -> None:
+    def conclude(self, num_entries: int, num_skipped: int) -> None:
         """After a pass over so many values: the threshold is found, or others are the bounds."""
-        k, low, high = self._rank(num_entries), self._low, self._high
+        k, low, high = self._rank(num_entries - num_skipped), self._low, self._high
         upto_high, below_high, upto_low, below_low = self._counts
         if k <= 0:
             self.found = NONE
-        elif k >= num_entries:
+        elif k >= num_entries - num_skipped:
             self.found = ALL
         elif k <= num_entries - upto_high and high < math.inf:  # the sample misled us
             self._search(high, math.inf)
@@ -139,7 +147,7 @@ class _Search:
         elif k <= num_entries - below_low:
             self.found = Threshold(low, k - (num_entries - upto_low))
         else:
-            self._search(-1.0, low)
+            self._search(self._floor, low)
         self._between = self._between if self.found is None else []
 
 
