@@ -139,6 +139,7 @@ def test_variants_that_differ_in_scale_share_their_updates(
     [
         ("ties", [of(**GLOBAL, density=(n + 1) / 8) for n in range(8)], "32MiB"),
         ("opcm", [of(alpha=(n + 1) / 16) for n in range(8)], "80MiB"),
+        ("karcher", [of(max_iter=n + 1) for n in range(8)], "20MiB"),
     ],
 )
 def test_memory_stays_within_the_budget(
