@@ -81,7 +81,8 @@ class Staging:
         places = [place for place, problem in enumerate(problems) if self._is_staged(problem)]
         if not places:
             return finals
-        passes = [wanted.staged for wanted in self._wanted(problems[places[0]])]
+        passes = [one.staged for one in self._wanted(problems[places[0]]) if one.staged]
+        own = [{reduction.name: reduction for reduction in staged.reductions} for staged in passes]
         groups = [
             (number, group)
             for number in self._numbers
@@ -89,18 +90,17 @@ class Staging:
         ]
         found: dict[int, tuple[Source, ...]] = {}
         given: dict[int, list[tuple[Source, ...]]] = {p: [()] * len(passes) for p in places}
-        for reductions in zip(*(staged.reductions for staged in passes if staged), strict=True):
-            name = reductions[0].name
-            reduced = [place for place in places if self._needs(problems[place], reductions[0])]
-            needing = [one for one in groups if self._needs(problems[one[1][0]], reductions[0])]
-            maps = [self._map(reductions[0], problems[place], given[place]) for place in reduced]
+        for name, reduction in own[0].items():
+            reduced = [place for place in places if self._needs(problems[place], reduction)]
+            needing = [one for one in groups if self._needs(problems[one[1][0]], reduction)]
+            maps = [self._map(reduction, problems[place], given[place]) for place in reduced]
             found |= zip(reduced, self._stages.write_each(maps, name), strict=True)
-            if reductions[0].combine is None:
+            if reduction.combine is None:
                 results = [found[place][variant] for variant, [place] in needing]
             else:
                 combinations = [
                     self._combination(
-                        reductions[variant],
+                        own[variant][name],
                         f"{name}-{number}",
                         [self._stages.of_variant(problems[place], variant) for place in group],
                         [found[place][variant] for place in group],
@@ -113,10 +113,8 @@ class Staging:
                 for place in group:
                     given[place][variant] += (result,)
         for place in places:
-            [staged, *_] = passes
-            assert staged is not None
             last = found.get(place, ())
-            finals[place] = self._finish(staged, problems[place], last, given[place])
+            finals[place] = self._finish(passes[0], problems[place], last, given[place])
         return finals
 
     def _needs(self, problem: Problem, reduction: Reduction) -> bool:
