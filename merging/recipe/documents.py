@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merging.errors import Fault
-from merging.recipe.addresses import split_adapter
+from merging.recipe.addresses import read_model, split_adapter
 from merging.recipe.parameters import nearest, shorten
 from merging.recipe.recipe import Recipe
 
 KEY = "documents"
 
 MAX_DOCUMENTS = 50
+
+_ADAPTED_BASE = "base_model with its adapter"
+_MODEL_KEYS = frozenset({"model", "base_model", "source"})
 
 Read = Callable[[dict[str, Any]], tuple[Recipe, list[Fault]]]
 """One document, and what is wrong with it."""
@@ -59,6 +62,41 @@ def read_documents(data: Mapping[str, Any], read: Read) -> tuple[Recipe | None, 
     if faults:
         return None, faults
     return _Joining(documents, faults).join(), faults
+
+
+def read_adapted(data: dict[str, Any], read: Read) -> tuple[Recipe, list[Fault]]:
+    """Read one recipe; a base model with an adapter on it becomes a step of its own.
+
+    What is merged is then measured from the model that the step makes, which is rounded as any
+    checkpoint: mergekit too puts the adapter into the model first.
+    """
+    base = _address(data.get("base_model"))
+    if not base or split_adapter(base)[1] is None:
+        return read(data)
+    first, found = read({"merge_method": "passthrough", "models": [{"model": data["base_model"]}]})
+    if found:
+        return first, [replace(fault, pointer="/base_model") for fault in found]
+    recipe, found = read(_renamed(data, base, _ADAPTED_BASE))
+    first = replace(first, name=_ADAPTED_BASE, pointer="/base_model")
+    return replace(recipe, documents=(first,)), found
+
+
+def _address(value: object) -> str:
+    return read_model(value, "", lambda *_: None)[0]
+
+
+def _renamed(data: Any, address: str, name: str) -> Any:
+    """The same with another name for a model, wherever one is named."""
+    if isinstance(data, list):
+        return [_renamed(item, address, name) for item in data]
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: name
+        if key in _MODEL_KEYS and _address(value) == address
+        else _renamed(value, address, name)
+        for key, value in data.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from merging.method import MergeMethod, get_method
 from merging.recipe.calibration import join_calibration, read_calibration
 from merging.recipe.chat_templates import AUTO, TEMPLATES, is_template
 from merging.recipe.document import load_document
-from merging.recipe.documents import KEY, read_documents
+from merging.recipe.documents import KEY, read_adapted, read_documents
 from merging.recipe.parameters import (
     Rule,
     check_together,
@@ -82,7 +82,7 @@ def validate_recipe(
         recipe, found = read_documents(data, _read)
     else:
         is_sweep = data.get("sweep") is not None
-        recipe, found = read_sweep(data, _read) if is_sweep else _read(data)
+        recipe, found = read_sweep(data, _read) if is_sweep else read_adapted(data, _read)
     known = {fault.pointer for fault in faults}
     faults += [fault for fault in found if fault.pointer not in known]
     return (None, faults[:_MAX_FAULTS]) if faults else (recipe, [])

@@ -94,8 +94,9 @@ class SourceReader:
         model = None if value is None else self.address(value, pointer)
         if model and split_adapter(model)[1] is not None:
             detail = (
-                "A base model with an adapter ('model+adapter') is not supported: merge the adapter"
-                " into it first, or list it under 'models' if it is an expert."
+                "Here a base model has no adapter on it ('model+adapter'): the base_model of a"
+                " recipe by itself may have one. Put it there, or make the model in a document of"
+                " its own (merge_method: passthrough), or list it under 'models' if it is an expert."
             )
             self.refuse(pointer, detail, "incompatible_options")
         return model

@@ -314,3 +314,62 @@ def test_embeddings_that_nothing_reads_are_not_put_in_order(tmp_path: Path) -> N
     assert len(early) == 2
     assert shards_left(found, ()) == {shard.index for shard in found.shards}
     assert found.totals.bytes_read == sum(shard.bytes_read for shard in found.shards)
+
+
+# -- a base model with an adapter on it
+
+
+@pytest.fixture
+def adapted(family: Family, tmp_path: Path) -> tuple[str, Path]:
+    """The base model with an adapter on it, as recipes name it, and as a checkpoint."""
+    shape = family.base_state["model.layers.0.mlp.up_proj.weight"].shape
+    tensors = factors("model.layers.0.mlp.up_proj", *shape, 4, torch.Generator().manual_seed(5))
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    address = f"{family.base}+{adapter}"
+    run_one({"merge_method": "passthrough", "models": [{"model": address}]}, tmp_path / "made")
+    return address, tmp_path / "made"
+
+
+def task_arithmetic(base: Any, *models: Any) -> dict[str, Any]:
+    entries = [{"model": model if isinstance(model, dict) else str(model)} for model in models]
+    return {"merge_method": "task_arithmetic", "base_model": base, "models": entries}
+
+
+def test_a_base_model_may_have_an_adapter(
+    family: Family, adapted: tuple[str, Path], tmp_path: Path
+) -> None:
+    address, made = adapted
+    run_one(task_arithmetic(str(made), *family.experts), tmp_path / "expected")
+    found = merge(tmp_path / "found", task_arithmetic(address, address, *family.experts))
+    assert weight_bytes(tmp_path / "found") == weight_bytes(tmp_path / "expected")
+    assert found.method == "task_arithmetic"
+    assert weight_bytes(made) != weight_bytes(family.base)
+
+
+def test_it_may_be_a_mapping_and_stand_in_slices_too(
+    family: Family, adapted: tuple[str, Path], tmp_path: Path
+) -> None:
+    address, made = adapted
+    model, _, adapter = address.partition("+")
+    mapping = {"model": {"path": model}, "lora": {"path": adapter}}
+
+    def recipe(base: Any) -> dict[str, Any]:
+        sources = [{"model": model, "layer_range": [0, 1]} for model in (base, family.experts[0])]
+        sources[1]["model"] = str(sources[1]["model"])
+        return {"merge_method": "slerp", "base_model": base, "parameters": {"t": 0.25}} | {
+            "slices": [{"sources": sources}]
+        }
+
+    run_one(recipe(str(made)), tmp_path / "expected")
+    merge(tmp_path / "found", recipe(mapping))
+    assert weight_bytes(tmp_path / "found") == weight_bytes(tmp_path / "expected")
+
+
+def test_what_is_wrong_with_it_is_told_by_its_place(family: Family, tmp_path: Path) -> None:
+    recipe = task_arithmetic(f"{family.base}+{tmp_path / 'none'}", *family.experts)
+    with pytest.raises(MergeError) as caught:
+        plan(tmp_path / "out", recipe)
+    assert caught.value.faults[0].pointer.startswith("/base_model")
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(recipe | {"sweep": [{"name": "a"}]})
+    assert "/base_model" in [fault.pointer for fault in refused.value.faults]
