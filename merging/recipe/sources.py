@@ -96,7 +96,7 @@ class SourceReader:
             detail = (
                 "Here a base model has no adapter on it ('model+adapter'): the base_model of a"
                 " recipe by itself may have one. Put it there, or make the model in a document of"
-                " its own (merge_method: passthrough), or list it under 'models' if it is an expert."
+                " its own (merge_method: passthrough), or list it under 'models'."
             )
             self.refuse(pointer, detail, "incompatible_options")
         return model
