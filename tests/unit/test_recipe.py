@@ -558,8 +558,21 @@ def test_a_plus_stands_between_a_model_and_an_adapter(
     assert split_adapter(address) == parts
 
 
-def test_a_base_model_carries_no_adapter() -> None:
+def test_a_base_model_with_an_adapter_is_a_step_of_its_own() -> None:
     document = {
-        "merge_method": "ties", "base_model": "base+lora", "models": [{"model": "a"}],
+        "merge_method": "ties", "base_model": "./base+lora",
+        "models": [{"model": "./base+lora"}, {"model": "./a"}, {"model": "./base"}],
     }  # fmt: skip
-    expect(document, "/base_model", "incompatible_options", "merge the adapter into it first")
+    recipe = parse_recipe(document)
+    assert parse_recipe(recipe.normalised()) == recipe
+    (step,) = recipe.documents
+    assert [entry.model for entry in step.sections[0].entries] == ["./base+lora"]
+    assert recipe.methods == ("passthrough", "ties")
+    assert recipe.base_model == step.name
+    assert [entry.model for entry in recipe.models] == [step.name, "./a", "./base"]
+
+
+def test_within_documents_it_is_refused() -> None:
+    inner = {"merge_method": "ties", "base_model": "b/c+lora", "models": [{"model": "./a"}]}
+    told = "a document of its own"
+    expect({"documents": [inner]}, "/documents/0/base_model", "incompatible_options", told)
