@@ -57,6 +57,7 @@ _COLUMNS = {
     "streams_per_second": 0,
     "api_cpu": 2,
     "runner_cpu": 2,
+    "load_cpu": 2,
     "api_mb": 1,
     "runner_mb": 1,
 }
@@ -335,7 +336,7 @@ def main(arguments: list[str]) -> None:
             _part(folder, database, "api") as (api, access),
             _part(folder, database, "runner") as (runner, _),
         ):
-            parts = {"api": api, "runner": runner}
+            parts = {"api": api, "runner": runner, "load": psutil.Process()}
             figures = asyncio.run(run(chosen, folder, json.loads(access), parts))
     print(json.dumps({key: figures[key] for key in figures if key != "lines"}, indent=2))
     if chosen.json is not None:
