@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from merging.method import MergeMethod, TouchParameters, all_methods
+from merging.method import MergeMethod, all_methods
 from merging.options import MergeOptions
+from merging.parameters import TouchParameters
 from service.app import describe_api
 from service.metrics import Metrics
 from service.problems import KINDS

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
-from merging.method import Cost, Geometry, Staged, Step, Task, WeightParameters
+from merging.method import Cost, Geometry, Staged, Step, Task
 from merging.norms import norms_pass, with_known_norms
+from merging.parameters import WeightParameters
 from merging.thresholds import Thresholds
 
 if TYPE_CHECKING:

@@ -15,15 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.blocks import elementwise_workspace
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import MergeMethod, Task, TaskVectorParameters, register
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TaskVectorParameters
 from merging.sparsified import BandParameters, band_cost, band_passes, merge_band
 
 if TYPE_CHECKING:

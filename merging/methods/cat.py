@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from merging.method import Cost, Geometry, MergeMethod, Step, Task, TouchParameters, register
+from merging.method import Cost, Geometry, MergeMethod, Step, Task, register
+from merging.parameters import TouchParameters
 from merging.sampled import BIAS, LINEAR, NORM, by_expert, held_entries, layer_of, mean_cost
 
 if TYPE_CHECKING:

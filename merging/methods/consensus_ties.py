@@ -21,19 +21,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
 from merging.ops.bins import FINE_BINS, numbers_of
 from merging.ops.blocks import elementwise_workspace, work_dtype
+from merging.parameters import TaskVectorParameters, WeightParameters
 from merging.thresholds import (
     group_by_density,
     has_global_scope,

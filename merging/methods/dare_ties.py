@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import Cost, Geometry, MergeMethod, Task, TaskVectorParameters, register
+from merging.method import Cost, Geometry, MergeMethod, Task, register
+from merging.parameters import TaskVectorParameters
 from merging.sparsified import RandomShareParameters, merge_random_share
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import MergeMethod, Task, TaskVectorParameters, register
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TaskVectorParameters
 from merging.sparsified import ByRankParameters, by_rank_cost, by_rank_passes, merge_by_rank
 
 if TYPE_CHECKING:

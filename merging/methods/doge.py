@@ -29,18 +29,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    UpdateParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
 from merging.ops.bins import FINE_BINS, numbers_of
 from merging.ops.forms import SVD_FLOPS
+from merging.parameters import UpdateParameters
 from merging.thresholds import of_task_vectors
 
 if TYPE_CHECKING:

@@ -33,9 +33,9 @@ from merging.method import (
     MergeMethod,
     Step,
     Task,
-    TaskVectorParameters,
     register,
 )
+from merging.parameters import TaskVectorParameters
 
 if TYPE_CHECKING:
     import torch

@@ -30,16 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Parameters,
-    Step,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Step, Task, register
+from merging.parameters import Parameters, TouchParameters
 from merging.sampled import FISHER
 
 if TYPE_CHECKING:

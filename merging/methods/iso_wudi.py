@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from merging.calibrated import UpdateRule
-from merging.method import Cost, Geometry, MergeMethod, Task, TouchParameters, register
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.forms import (
     SVD_FLOPS,
     LayerShape,
@@ -42,6 +42,7 @@ from merging.ops.forms import (
     filter_flops,
     reading_entries,
 )
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

@@ -23,18 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
 from merging.ops.forms import EIGH_FLOPS
+from merging.parameters import TaskVectorParameters, WeightParameters
 from merging.thresholds import Thresholds, group_by_density, keep_beyond, own_densities
 
 if TYPE_CHECKING:

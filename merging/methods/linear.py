@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.errors import RecipeError
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TouchParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.blocks import block_size, result_for, rounded_blocks, work_dtype
+from merging.parameters import TouchParameters, WeightParameters
 
 if TYPE_CHECKING:
     import torch

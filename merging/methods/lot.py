@@ -34,14 +34,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    MergeMethod,
-    PresetParameters,
-    Presets,
-    Step,
-    Task,
-    register,
-)
+from merging.method import MergeMethod, Step, Task, register
+from merging.parameters import PresetParameters, Presets
 from merging.sampled import LINEAR, NORM, by_expert, features_cost, mean_cost, norm_cost
 
 if TYPE_CHECKING:

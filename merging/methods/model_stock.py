@@ -18,12 +18,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.angles import ByAngles
-from merging.method import (
-    MergeMethod,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

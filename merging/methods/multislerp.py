@@ -20,13 +20,8 @@ from pydantic import Field
 
 from merging.angles import ByAngles
 from merging.errors import NumericalError, RecipeError
-from merging.method import (
-    MergeMethod,
-    Task,
-    TouchParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TouchParameters, WeightParameters
 
 if TYPE_CHECKING:
     import torch

@@ -16,15 +16,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.blocks import block_size, blocks_of, elementwise_workspace, work_dtype
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

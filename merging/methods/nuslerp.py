@@ -17,13 +17,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.angles import ByAngles
-from merging.method import (
-    MergeMethod,
-    Task,
-    TouchParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TouchParameters, WeightParameters
 
 if TYPE_CHECKING:
     import torch

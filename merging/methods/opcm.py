@@ -33,11 +33,11 @@ from merging.method import (
     Staged,
     Step,
     Task,
-    TouchParameters,
     register,
 )
 from merging.ops.blocks import elementwise_workspace
 from merging.ops.forms import SVD_FLOPS
+from merging.parameters import TouchParameters
 from merging.roles import describe_tensor
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from merging.layered import Precision, cost_by, merge_by
-from merging.method import MergeMethod, PresetParameters, Presets, register
+from merging.method import MergeMethod, register
 from merging.ops.forms import (
     EIGH_FLOPS,
     Flops,
@@ -46,6 +46,7 @@ from merging.ops.forms import (
     reading_entries,
 )
 from merging.ops.layer_method import LayerMethod, ProblemKind, Reading
+from merging.parameters import PresetParameters, Presets
 
 if TYPE_CHECKING:
     import torch

@@ -15,16 +15,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Parameters,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.blocks import elementwise_workspace, work_dtype
+from merging.parameters import Parameters, TouchParameters
 
 if TYPE_CHECKING:
     import torch

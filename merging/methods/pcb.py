@@ -25,18 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
 from merging.ops.blocks import elementwise_workspace
+from merging.parameters import TaskVectorParameters, WeightParameters
 from merging.thresholds import Thresholds
 
 if TYPE_CHECKING:

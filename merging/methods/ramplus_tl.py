@@ -18,15 +18,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.blocks import elementwise_workspace
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import MergeMethod, Task, TouchParameters, register
+from merging.method import MergeMethod, Task, register
+from merging.parameters import TouchParameters
 from merging.sampled import LINEAR, REGRESSION, mean_cost
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import Cost, Geometry, MergeMethod, Task, UpdateParameters, register
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.forms import SVD_FLOPS
+from merging.parameters import UpdateParameters
 
 if TYPE_CHECKING:
     import torch

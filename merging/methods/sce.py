@@ -20,16 +20,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    TouchParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
+from merging.parameters import TouchParameters
 from merging.sums import sum_of_tiles
 from merging.thresholds import Thresholds
 

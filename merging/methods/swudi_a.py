@@ -23,9 +23,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging.layered import cost_by, merge_by
-from merging.method import MergeMethod, UpdateParameters, register
+from merging.method import MergeMethod, register
 from merging.ops.forms import Flops, Form, LayerShape, filter_entries, filter_flops
 from merging.ops.layer_method import LayerMethod
+from merging.parameters import UpdateParameters
 
 if TYPE_CHECKING:
     import torch

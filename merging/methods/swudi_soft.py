@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from merging.layered import Precision, cost_by, merge_by
-from merging.method import MergeMethod, UpdateParameters, register
+from merging.method import MergeMethod, register
 from merging.ops.forms import (
     Flops,
     Form,
@@ -37,6 +37,7 @@ from merging.ops.forms import (
     problem_size,
 )
 from merging.ops.layer_method import LayerMethod
+from merging.parameters import UpdateParameters
 
 if TYPE_CHECKING:
     import torch

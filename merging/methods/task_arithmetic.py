@@ -16,15 +16,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Task, register
+from merging.parameters import TaskVectorParameters, WeightParameters
 
 if TYPE_CHECKING:
     import torch

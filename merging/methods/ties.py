@@ -21,18 +21,9 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from merging.method import (
-    Cost,
-    Geometry,
-    MergeMethod,
-    Staged,
-    Step,
-    Task,
-    TaskVectorParameters,
-    WeightParameters,
-    register,
-)
+from merging.method import Cost, Geometry, MergeMethod, Staged, Step, Task, register
 from merging.norms import norms_pass, with_known_norms
+from merging.parameters import TaskVectorParameters, WeightParameters
 from merging.thresholds import (
     group_by_density,
     has_global_scope,

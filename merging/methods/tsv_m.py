@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from merging.calibrated import CalibratedScale, UpdateRule
-from merging.method import Cost, Geometry, MergeMethod, Task, TouchParameters, register
+from merging.method import Cost, Geometry, MergeMethod, Task, register
 from merging.ops.forms import SVD_FLOPS
+from merging.parameters import TouchParameters
 
 if TYPE_CHECKING:
     import torch

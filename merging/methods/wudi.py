@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from merging.layered import Precision, cost_by, divide_by, merge_by
-from merging.method import MergeMethod, PresetParameters, Presets, register
+from merging.method import MergeMethod, register
 from merging.ops.forms import Flops, Form, LayerShape, adam_entries, adam_flops
 from merging.ops.layer_method import LayerMethod, RowSolver
+from merging.parameters import PresetParameters, Presets
 
 if TYPE_CHECKING:
     import torch

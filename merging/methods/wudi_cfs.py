@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from merging.layered import cost_by, merge_by
-from merging.method import MergeMethod, PresetParameters, Presets, register
+from merging.method import MergeMethod, register
 from merging.ops.forms import Flops, Form, LayerShape, direct_entries, direct_flops, ridge_flops
 from merging.ops.layer_method import LayerMethod
+from merging.parameters import PresetParameters, Presets
 
 if TYPE_CHECKING:
     import torch

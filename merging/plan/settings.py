@@ -10,7 +10,8 @@ import msgspec
 from pydantic import ValidationError
 
 from merging.errors import Fault
-from merging.method import MergeMethod, Parameters, get_method
+from merging.method import MergeMethod, get_method
+from merging.parameters import Parameters
 from merging.plan.plan import COPY, Setting
 from merging.plan.wording import SHOWN
 from merging.recipe import Recipe

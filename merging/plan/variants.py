@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from merging.errors import Fault
-from merging.method import MergeMethod, Parameters, get_method
+from merging.method import MergeMethod, get_method
+from merging.parameters import Parameters
 from merging.plan.outputs import Variant
 from merging.plan.plan import COPY, Setting
 from merging.plan.settings import SettingTable

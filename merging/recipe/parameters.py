@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from merging.errors import Fault
-from merging.method import MergeMethod, Parameters
+from merging.method import MergeMethod
+from merging.parameters import Parameters
 from merging.recipe.document import escape_pointer
 from merging.selectors import Conditions, ParameterValue, has_gradient, is_constant, parse_value
 

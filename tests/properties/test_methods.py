@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from merging.errors import NumericalError
-from merging.method import Parameters, all_methods
+from merging.method import all_methods
+from merging.parameters import Parameters
 from tests.support.tensors import make_models, merge
 
 METHODS = sorted(all_methods())

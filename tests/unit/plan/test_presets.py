@@ -7,8 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from merging.errors import RecipeError
-from merging.method import PresetParameters, all_methods
+from merging.method import all_methods
 from merging.options import MergeOptions
+from merging.parameters import PresetParameters
 from merging.plan.plan import COPY, Plan, Setting
 from merging.plan.planner import make_plan
 from merging.recipe import parse_recipe

@@ -6,7 +6,8 @@ import pytest
 from pydantic import Field, model_validator
 
 from merging.errors import Fault, RecipeError
-from merging.method import Cost, MergeMethod, Parameters, TouchParameters
+from merging.method import Cost, MergeMethod
+from merging.parameters import Parameters, TouchParameters
 from merging.plan.settings import SettingTable
 from merging.recipe import ModelEntry, Recipe
 from merging.selectors import ParameterValue, parse_value
