@@ -23,6 +23,9 @@ _BUSY_SECONDS = 30
 _MOST_THREADS = 50
 """Connections to SQLite that are kept: one for each thread that serves requests, and some more."""
 
+_CACHE_KIB = 256
+"""Of pages, kept by each connection to SQLite; the system keeps the file, once for all of them."""
+
 _IDLE_SECONDS = 15
 """How long a transaction may do nothing; ours never wait for anything but the database."""
 
@@ -98,7 +101,7 @@ def _prepare_postgres(connection: DBAPIConnection, _entry: ConnectionPoolEntry) 
 def _prepare_sqlite(connection: sqlite3.Connection, _entry: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # the driver begins no transactions of its own
     _use_write_ahead_log(connection)
-    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{_CACHE_KIB}"):
         connection.execute(f"PRAGMA {pragma}")
 
 
