@@ -32,6 +32,7 @@ from merging.storage.router import open_storage
 from merging.task_masks import REPORT_KEY
 from tests.parity.cases import CASES, VOCABULARIES, Case
 from tests.parity.fusion_bench_cases import CASES as FUSION_BENCH_CASES
+from tests.support.adapters import factors, write_adapter
 from tests.support.checkpoints import Family, make_family
 from tests.support.composed import write_t5
 from tests.support.environments import plain_environment, python_with
@@ -39,6 +40,7 @@ from tests.support.merges import load_merged
 from tests.support.tokenizers import write_model
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+NUM_ADAPTERS = 2
 _TORCH = "torch==2.13.0+cpu"
 
 
@@ -94,6 +96,7 @@ def _compare(side: Side, console: Console) -> int:
         for number, (words, special) in enumerate(VOCABULARIES):
             write_model(folder / f"models/v{number}", words, special, seed=number)
             write_t5(folder / f"models/t{number}", seed=number)
+        _write_adapters(folder / "models", family)
         told = _merge_theirs(python, side, family, folder)
         results = [
             _judge(number, case, family, folder, text)
@@ -104,6 +107,18 @@ def _compare(side: Side, console: Console) -> int:
         table.add_row(case.name, f"{difference:.1e}", f"{100 * same:.1f} %", allowed, fault or "ok")
     console.print(table)
     return int(any(fault for _, _, fault in results))
+
+
+def _write_adapters(folder: Path, family: Family) -> None:
+    """Two adapters of the base model, on projections of attention and MLP."""
+    for number in range(NUM_ADAPTERS):
+        generator = torch.Generator().manual_seed(number)
+        tensors: dict[str, torch.Tensor] = {}
+        for module in ("self_attn.q_proj", "mlp.up_proj"):
+            name = f"model.layers.{number}.{module}"
+            shape = family.base_state[f"{name}.weight"].shape
+            tensors |= factors(name, shape[0], shape[1], 4, generator)
+        write_adapter(folder / f"a{number}", tensors, target_modules=["q_proj", "up_proj"])
 
 
 def _merge_theirs(python: Path, side: Side, family: Family, folder: Path) -> list[str]:
@@ -194,6 +209,7 @@ def _merge_ours(
 
 def _with_models(recipe: dict[str, Any], family: Family) -> dict[str, Any]:
     names = [f"{kind}{n}" for kind in "VT" for n in range(len(VOCABULARIES))]
+    names += [f"A{number}" for number in range(NUM_ADAPTERS)]
     places = {name: family.base.parent / name.lower() for name in names}
     places |= {"BASE": family.base} | {f"E{n}": path for n, path in enumerate(family.experts)}
     text = json.dumps(recipe)

@@ -93,6 +93,10 @@ def _t5(**modules: Any) -> dict[str, Any]:
     }
 
 
+def _adapted(adapter: str) -> dict[str, Any]:
+    return {"model": {"model": {"path": "BASE"}, "lora": {"path": adapter}}}
+
+
 def _mistral(model: Any) -> dict[str, Any]:
     return {"model": model, "lora": None, "override_architecture": "MistralForCausalLM"}
 
@@ -164,6 +168,16 @@ CASES = [
             weight=0.9,
         )
         | {"base_model": _mistral({"path": "BASE", "revision": None})},
+    ),
+    Case(
+        "adapters",
+        _recipe("task_arithmetic", [_adapted("A0"), _adapted("A1")], weight=0.7),
+        ROUNDING,
+    ),
+    Case(
+        "a base model with an adapter",
+        _recipe("task_arithmetic", _models(*WEIGHTS)) | {"base_model": _adapted("A0")["model"]},
+        ROUNDING,
     ),
     Case("ties", _recipe("ties", _models(*SPARSE))),
     Case("ties, rescaled", _recipe("ties", _models(*SPARSE), rescale=True), ROUNDING),

@@ -21,7 +21,12 @@ def main() -> None:
 
     for job in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
+            options = MergeOptions(
+                quiet=True,
+                write_model_card=False,
+                copy_tokenizer=False,
+                lora_merge_cache=f"{job['output']}-adapters",
+            )
             if "documents" in job["recipe"]:
                 _run_documents(job["recipe"]["documents"], job["output"], options)
             else:
