@@ -131,8 +131,10 @@ def merge(
     check_finite: FiniteOption = True,
 ) -> None:
     """Merge in this process, without a service or a cluster; prints the output and its digest."""
+    from merging.execute.memory import give_back_freed_memory
     from merging.storage.router import open_storage
 
+    give_back_freed_memory()  # before planning starts threads
     options = _options(
         max_shard_size=max_shard_size,
         memory_budget=memory_budget,

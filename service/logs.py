@@ -1,7 +1,7 @@
 """One form for all log lines: JSON for machines, coloured text on a terminal.
 
 Set up once, by whoever runs the process; libraries that log through ``logging`` are included. Our
-own lines do not go that way: it takes four times as long, and there is one for every request.
+own lines do not go that way: it takes twice as long, and there is one for every request.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ of 16 MiB going. Beyond that nothing is gained, and fresh pages cost more than r
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _MAPPED_BYTES = 2 << 20
 
 
@@ -33,13 +34,16 @@ def give_back_freed_memory() -> None:
     huge pages make that as cheap (torch asks for them if this variable is set when it first
     allocates). Measured on a TIES merge of four 0.5 GB models with a budget of 256 MiB: peak 516 MB
     instead of 738, at the same processor time. Smaller blocks stay, up to a few of them: what is
-    made and freed for each block of a tensor would otherwise be new pages every time.
+    made and freed for each block of a tensor would otherwise be new pages every time. They stay in
+    one arena for all threads, if no other was made yet: called before a process starts threads, it
+    keeps what a merge with a budget of 48 MiB adds to it at 58 to 63 MB instead of 66 to 82.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 8 * _MAPPED_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 class MemoryBudget:

@@ -1,8 +1,8 @@
 """A short way to the answers that clients ask for all the time.
 
-Finding a route and what it depends on takes the framework twice the time that such an answer takes
-to make. Requests in their plainest form get the answer of the same function without; whatever else
-a request says (a parameter, a form that it wants) is for the routes, which know about it.
+Finding a route and what it depends on takes the framework longer than such an answer takes to make.
+Requests in their plainest form get the answer of the same function without; whatever else a request
+says (a parameter, a form that it wants) is for the routes, which know about it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from merging.execute.memory import give_back_freed_memory
 from merging.local_run import run_plan
 from merging.options import MergeOptions
 from merging.plan.planner import make_plan
@@ -30,6 +31,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 def merge_and_print_peak(folder: str, method: str) -> None:
     """What the process below does: prints by how many bytes merging raised its peak."""
+    give_back_freed_memory()  # before there are threads, as the command line does
     torch.set_num_threads(1)
     document = {
         "merge_method": method,
@@ -61,4 +63,4 @@ def test_the_process_stays_within_the_budget(tmp_path: Path) -> None:
             text=True,
             check=True,
         )
-        assert int(done.stdout) < 2 * BUDGET, method
+        assert int(done.stdout) < 1.6 * BUDGET, method
